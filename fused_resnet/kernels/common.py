@@ -1,0 +1,22 @@
+"""Small helpers that the kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) that lets NaN through, as PyTorch's does (a plain maximum drops it on the GPU)."""
+    return tl.where(x <= 0, 0.0, x)
+
+
+@triton.jit
+def relu_grad(grad, x):
+    """The gradient of relu at ``x``: a selection, never a product; zero at 0 and -0, passed through at NaN."""
+    return tl.where(x <= 0, 0.0, grad)
+
+
+@triton.jit
+def affine(x, scale, shift):
+    """x * scale + shift. One expression for every place that must see the same sign of the result."""
+    return x * scale + shift

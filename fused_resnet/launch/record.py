@@ -1,0 +1,97 @@
+"""One way to launch a kernel, and a record of what was launched.
+
+Every launcher goes through :func:`launch`. On tensors of the ``meta`` device nothing runs and the record alone is
+kept: that is how ``explain`` counts a step for a GPU that is not there, with the launchers' own arithmetic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from ..plan.config import GemmConfig, PassConfig
+
+Config = GemmConfig | PassConfig
+
+
+class Launch(NamedTuple):
+    """One kernel that ran: its name, its FLOPs, the bytes it reads and writes (each once), its configuration."""
+
+    kernel: str
+    flops: int
+    bytes: int
+    config: dict[str, Any]
+
+
+_lock = threading.Lock()
+_recorders: list[list[Launch]] = []
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Yields a list that grows by one :class:`Launch` per kernel, the vendor's convolutions included.
+
+    Process-wide: the backward pass runs in threads of its own.
+    """
+    launches: list[Launch] = []
+    with _lock:
+        _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        with _lock:
+            _recorders[:] = [recorder for recorder in _recorders if recorder is not launches]
+
+
+def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
+    """Bytes of tensors (whole) and of plain byte counts; ``None`` counts nothing."""
+    total = 0
+    for item in touched:
+        if isinstance(item, torch.Tensor):
+            total += item.numel() * item.element_size()
+        elif item is not None:
+            total += item
+    return total
+
+
+def note(kernel: str, flops: int, touched: Iterable[torch.Tensor | int | None], config: dict[str, Any]) -> None:
+    """Adds one entry to every open record. Costs nothing when none is open."""
+    if _recorders:
+        entry = Launch(kernel, flops, nbytes(touched), config)
+        with _lock:
+            for recorder in _recorders:
+                recorder.append(entry)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    touched: Iterable[torch.Tensor | int | None],
+    flops: int,
+    config: Config,
+    device: torch.device,
+    **arguments: Any,
+) -> None:
+    """Launches ``kernel`` once over ``grid`` on ``device``'s current stream.
+
+    ``touched`` are the tensors (or bytes) that it reads or writes, for the record. ``arguments`` are the kernel's own,
+    by keyword, tile sizes included; warps, stages and the register cap come from ``config``.
+    """
+    note(kernel.fn.__name__, flops, touched, config.to_dict())
+    if device.type == "meta" or 0 in grid:
+        return
+    options: dict[str, Any] = {"num_warps": config.num_warps}
+    if isinstance(config, GemmConfig):
+        options["num_stages"] = config.num_stages
+        if config.maxnreg is not None:
+            options["maxnreg"] = config.maxnreg
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+    else:
+        kernel[grid](**arguments, **options)
