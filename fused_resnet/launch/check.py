@@ -1,0 +1,75 @@
+"""What every launcher requires of its tensors, said clearly before any kernel runs.
+
+Only metadata is looked at, never data: the checks hold on ``meta`` tensors and do not synchronise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def require_nhwc(t: torch.Tensor, name: str = "tensor") -> None:
+    """A logical NCHW tensor whose memory is dense NHWC (strides of size-1 dimensions do not count). ValueError if not."""
+    if t.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
+    if not t.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError(
+            f"{name} must be dense in channels_last memory, got shape {tuple(t.shape)} with strides {t.stride()}"
+        )
+
+
+def require_shape(t: torch.Tensor, shape: Sequence[int], name: str = "tensor") -> None:
+    """ValueError unless ``t`` has exactly ``shape``."""
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def require_dtype(t: torch.Tensor, dtype: torch.dtype, name: str = "tensor") -> None:
+    """ValueError unless ``t`` has ``dtype``."""
+    if t.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {t.dtype}")
+
+
+def require_device(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """ValueError unless every tensor that is given lives on ``device``."""
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} must be on {device}, got {t.device}")
+
+
+def require_image(t: torch.Tensor, shape: Sequence[int], like: torch.Tensor, name: str = "tensor") -> None:
+    """An activation or weight: ``shape``, dense NHWC memory, and the dtype and device of ``like``."""
+    require_shape(t, shape, name)
+    require_nhwc(t, name)
+    require_dtype(t, like.dtype, name)
+    require_device(like.device, **{name: t})
+
+
+def require_rows(t: torch.Tensor, rows: int, channels: int, like: torch.Tensor, name: str = "tensor") -> None:
+    """Per-channel numbers [rows, channels], contiguous, in ``like``'s accumulation dtype, on its device."""
+    require_shape(t, (rows, channels), name)
+    require_dtype(t, accumulation_dtype(like.dtype), name)
+    require_device(like.device, **{name: t})
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of accumulators and statistics: float64 for float64 data, else float32. ValueError for other dtypes."""
+    if dtype not in DTYPES.values():
+        raise ValueError(f"the kernels take {', '.join(DTYPES)}; got {dtype}")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dot_precision() -> str:
+    """How tl.dot multiplies float32 operands of a convolution, after PyTorch's own switch."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
