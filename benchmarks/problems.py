@@ -1,0 +1,65 @@
+"""Every distinct convolution of a ResNet, with how often it occurs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fused_resnet.plan.problem import ConvProblem
+
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A distinct convolution: its problem, what it is in a block, how many a network has."""
+
+    problem: ConvProblem
+    role: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        p = self.problem
+        return f"{p.R}x{p.S}/{p.stride[0]} {p.H}px {p.Ci}->{p.Co}"
+
+
+def layers(depth: int, batch: int = 256, size: int = 224, width: int = 64, dtype: str = "bfloat16") -> list[Layer]:
+    """The distinct convolutions of ResNet-``depth`` (v1.5), in network order. ``width`` is the first stage's."""
+    found: Counter[tuple[ConvProblem, str]] = Counter()
+    for problem, role in _walk(depth, batch, size, width, dtype):
+        found[problem, role] += 1
+    return [Layer(problem, role, count) for (problem, role), count in found.items()]
+
+
+def _walk(depth: int, batch: int, size: int, width: int, dtype: str) -> Iterator[tuple[ConvProblem, str]]:
+    def conv(side: int, ci: int, co: int, kernel: int, stride: int = 1) -> ConvProblem:
+        padding = (kernel // 2, kernel // 2)
+        return ConvProblem(batch, side, side, ci, co, kernel, kernel, (stride, stride), padding, dtype=dtype)
+
+    bottleneck = depth >= 50
+    expansion = 4 if bottleneck else 1
+    yield conv(size, 3, width, 7, 2), "stem"
+    side, ci = -(-(-(-size // 2)) // 2), width
+    for stage, blocks in enumerate(LAYERS[depth]):
+        planes = width * 2**stage
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            after = -(-side // stride)
+            if bottleneck:
+                yield conv(side, ci, planes, 1), "conv1"
+                yield conv(side, planes, planes, 3, stride), "conv2"
+                yield conv(after, planes, 4 * planes, 1), "conv3"
+            else:
+                yield conv(side, ci, planes, 3, stride), "conv1"
+                yield conv(after, planes, planes, 3), "conv2"
+            if stride != 1 or ci != expansion * planes:
+                yield conv(side, ci, expansion * planes, 1, stride), "projection"
+            side, ci = after, expansion * planes
+
+
+def conv_bytes(p: ConvProblem, itemsize: int = 2) -> int:
+    """Bytes of one plain pass of a convolution, each operand once; a strided 1x1 reads the rows it samples alone."""
+    rows_in = p.M if p.is_pointwise else p.N * p.H * p.W
+    return (rows_in * p.Ci + p.M * p.Co + p.Co * p.Ci // p.groups * p.taps) * itemsize

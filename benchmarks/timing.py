@@ -1,0 +1,87 @@
+"""Times: device events, medians, candidates that take turns, inputs that do not fit in the cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .device import Device
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one candidate, one sample each."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def us(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        if len(self.samples) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.us if self.us else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"us": self.us, "spread": self.spread, "samples": [round(s, 2) for s in self.samples]}
+
+
+def interleave(device: Device, candidates: Mapping[str, Sequence[Call]], samples: int = 20) -> dict[str, Timing]:
+    """Times each candidate, A B A B …
+
+    A candidate is a sequence of calls that do the same on different inputs; one sample runs them all between two
+    events and divides. Nothing waits for the host: the stream is held until everything of a round is queued.
+    """
+    host = {}
+    for name, calls in candidates.items():
+        for call in calls:
+            call()
+        device.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        host[name] = time.perf_counter() - start
+        device.synchronize()
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    samples = 1 if device.dry else samples
+    round_host = sum(host.values())
+    rounds_per_hold = max(1, min(samples, int(0.02 / max(round_host, 1e-6))))
+    done = 0
+    while done < samples:
+        rounds = min(rounds_per_hold, samples - done)
+        device.hold(min(0.1, 1.5 * rounds * round_host + 2e-4))
+        marks = []
+        for _ in range(rounds):
+            for name, calls in candidates.items():
+                begin, end = device.event(), device.event()
+                begin.record()
+                for call in calls:
+                    call()
+                end.record()
+                marks.append((name, begin, end, len(calls)))
+        device.synchronize()
+        for name, begin, end, count in marks:
+            found[name].append(begin.elapsed_time(end) * 1e3 / count)
+        done += rounds
+    return {name: Timing(tuple(values)) for name, values in found.items()}
+
+
+def rotation(device: Device, bytes_per_set: int, limit: int = 16) -> int:
+    """How many input sets to rotate among, so that a set is out of the cache when its turn comes again."""
+    if device.dry:
+        return 1
+    return max(1, min(limit, -(-3 * device.l2_bytes // max(1, bytes_per_set))))
+
+
+def floor_us(ceilings: Mapping[str, float], nbytes: int, flops: int) -> float:
+    """The larger of the bytes over the bandwidth and the operations over the matrix rate."""
+    return max(nbytes / ceilings["bytes_per_s"], flops / ceilings["flops_per_s"]) * 1e6

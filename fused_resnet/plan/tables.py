@@ -1,0 +1,141 @@
+"""Measured choices: what ``scripts/tune`` found on a GPU, read once, when this module is imported.
+
+A table is ``plan/tuned/<gpu>.json``::
+
+    {"version": 1, "gpu": "NVIDIA H100 ...", "facts": {...},
+     "entries": {problem_key(problem): {pass_name(...): {"config": {...} | null, "us": ..., "vendor_us": ...,
+                                                         "passes_us": ..., "floor_us": ..., "source": "..."}}}}
+
+Reading happens at import because a file read inside a traced function would break the graph. Nothing here changes
+after that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from .config import GemmConfig
+from .problem import ConvProblem
+
+VERSION: Final = 1
+PASSES: Final = ("fprop", "dgrad", "wgrad")
+_KNOWN_GPUS: Final = ("h200", "h100", "a100", "b200", "l40s", "l4", "a10g", "t4", "v100", "4090", "3090")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured pass of one problem. Times are medians in microseconds; ``None`` was not measured."""
+
+    config: GemmConfig | None
+    """The fastest correct configuration of ours; ``None`` where none was correct."""
+    us: float | None
+    vendor_us: float | None
+    """The vendor's convolution alone."""
+    passes_us: float
+    """The passes over memory that the vendor's way needs besides and ours does in a prologue or an epilogue."""
+    floor_us: float | None
+    source: str
+
+    @property
+    def vendor_wins(self) -> bool:
+        """Whether the vendor's convolution and the passes around it were faster than ours."""
+        if self.config is None or self.us is None:
+            return True
+        return self.vendor_us is not None and self.vendor_us + self.passes_us < self.us
+
+
+Table = Mapping[str, Mapping[str, Entry]]
+
+
+def problem_key(problem: ConvProblem) -> str:
+    """The name of a problem in a table. bfloat16 and float16 share one: they move the same bytes at the same rate."""
+    dtype = "16bit" if problem.dtype in ("bfloat16", "float16") else problem.dtype
+    return f"N{problem.N}-{_shape_key(problem)}-{dtype}"
+
+
+def _shape_key(p: ConvProblem) -> str:
+    geometry = "".join(f"-{name}{a}x{b}" for name, (a, b) in (("s", p.stride), ("p", p.padding), ("d", p.dilation)))
+    return f"H{p.H}-W{p.W}-Ci{p.Ci}-Co{p.Co}-R{p.R}-S{p.S}{geometry}-g{p.groups}"
+
+
+def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False) -> str:
+    """``"fprop"``, ``"dgrad"`` or ``"wgrad"``, with ``"+in"`` where the operand is normalised (or dy formed) on load and
+    ``"+out"`` where the epilogue masks, reduces or takes statistics."""
+    if kind not in PASSES:
+        raise ValueError(f"kind must be one of {PASSES}, not {kind!r}")
+    return kind + ("+in" if prologue else "") + ("+out" if epilogue else "")
+
+
+def gpu_slug(name: str) -> str:
+    """The table's name for a device: ``"NVIDIA H100 80GB HBM3"`` is ``"h100"``."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return next((gpu for gpu in _KNOWN_GPUS if gpu in words), "-".join(words))
+
+
+def parse(document: Mapping[str, Any]) -> Table:
+    """A table from its JSON form. One of another version is empty: its choices may mean something else now."""
+    if document.get("version") != VERSION:
+        return {}
+    return {
+        key: {
+            name: Entry(
+                config=GemmConfig(**raw["config"]) if raw.get("config") else None,
+                us=raw.get("us"),
+                vendor_us=raw.get("vendor_us"),
+                passes_us=raw.get("passes_us") or 0.0,
+                floor_us=raw.get("floor_us"),
+                source=raw.get("source", ""),
+            )
+            for name, raw in passes.items()
+        }
+        for key, passes in document["entries"].items()
+    }
+
+
+def _load(folder: Path) -> Mapping[str, Table]:
+    return {path.stem: parse(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
+
+
+TABLES: Final[Mapping[str, Table]] = _load(Path(__file__).parent / "tuned")
+
+
+def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, Table] = TABLES) -> Entry | None:
+    """What was measured for ``pass_`` (of :func:`pass_name`) of ``problem`` on ``target`` (a Target or a name).
+
+    The nearest thing measured counts where the very thing was not: another batch of the same layer within a factor
+    of four, then another variant of the same pass, one with the same prologue first. ``None`` where there is neither.
+    """
+    table = tables.get(gpu_slug(target if isinstance(target, str) else target.name))
+    if not table:
+        return None
+    key = problem_key(problem)
+    passes = table.get(key)
+    if passes is None:
+        passes = _nearest_batch(table, problem, key)
+    if not passes:
+        return None
+    kind = pass_.partition("+")[0]
+    same_prologue = kind + ("+in" if "+in" in pass_ else "")
+    for name in (pass_, same_prologue, same_prologue + "+out", kind + "+out", kind, kind + "+in", kind + "+in+out"):
+        if name in passes:
+            return passes[name]
+    return None
+
+
+def _nearest_batch(table: Table, problem: ConvProblem, key: str) -> Mapping[str, Entry] | None:
+    tail = key.partition("-")[2]
+    best: Mapping[str, Entry] | None = None
+    best_ratio = 4.0
+    for other, passes in table.items():
+        batch, _, other_tail = other.partition("-")
+        if other_tail == tail:
+            measured = int(batch[1:])
+            ratio = max(measured, problem.N) / max(1, min(measured, problem.N))
+            if ratio <= best_ratio:
+                best, best_ratio = passes, ratio
+    return best
