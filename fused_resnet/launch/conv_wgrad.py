@@ -1,0 +1,122 @@
+"""Launcher of the weight gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.conv_wgrad import conv_wgrad_kernel, conv_wgrad_reduce_kernel
+from ..plan.config import GemmConfig, PassConfig
+from ..plan.problem import ConvProblem
+from .check import accumulation_dtype, dot_precision, require_image, require_rows
+from .record import launch
+
+
+def conv_wgrad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    problem: ConvProblem,
+    config: GemmConfig,
+    *,
+    input_affine: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+    coeffs: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of a convolution's weight, [Co, Ci, R, S] in channels_last memory and ``out_dtype``.
+
+    ``x`` [N, Ci, H, W] and ``dy`` [N, Co, P, Q] (``y`` too) share one dtype and are dense NHWC. ``input_affine``
+    [2, Ci] makes relu(x * scale + shift) the input; ``coeffs`` [3, Co] makes A * dy + B * y + C the gradient, A * dy
+    without ``y``. Both are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
+    per tile. Raises ValueError on groups, on another layout, on ``y`` without ``coeffs``.
+    """
+    if problem.groups != 1:
+        raise ValueError(f"conv_wgrad takes one group, not {problem.groups}")
+    if y is not None and coeffs is None:
+        raise ValueError("conv_wgrad: y has no use without coeffs")
+    require_image(x, (problem.N, problem.Ci, problem.H, problem.W), x, "x")
+    grad_shape = (problem.N, problem.Co, problem.P, problem.Q)
+    require_image(dy, grad_shape, x, "dy")
+    if y is not None:
+        require_image(y, grad_shape, x, "y")
+    if input_affine is not None:
+        require_rows(input_affine, 2, problem.Ci, x, "input_affine")
+    if coeffs is not None:
+        require_rows(coeffs, 3, problem.Co, x, "coeffs")
+
+    elements = problem.Co * problem.taps * problem.Ci
+    steps = triton.cdiv(triton.cdiv(problem.M, config.block_k), config.split)
+    dw = torch.empty(
+        (problem.Co, problem.Ci, problem.R, problem.S),
+        dtype=out_dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    partial_dtype = accumulation_dtype(x.dtype)
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=partial_dtype, device=x.device)
+
+    tiles = triton.cdiv(problem.Co, config.block_m) * problem.taps * triton.cdiv(problem.Ci, config.block_n)
+    sampled = problem.M * problem.Ci * x.element_size() if problem.is_pointwise else x
+    launch(
+        conv_wgrad_kernel,
+        (tiles, config.split),
+        touched=(sampled, dy, y, input_affine, coeffs, partial),
+        flops=problem.flops,
+        config=config,
+        device=x.device,
+        x_ptr=x,
+        dy_ptr=dy,
+        y_ptr=dy if y is None else y,
+        affine_ptr=input_affine,
+        coeffs_ptr=coeffs,
+        dw_ptr=partial,
+        M=problem.M,
+        H=problem.H,
+        W=problem.W,
+        Ci=problem.Ci,
+        P=problem.P,
+        Q=problem.Q,
+        Co=problem.Co,
+        S=problem.S,
+        stride_h=problem.stride[0],
+        stride_w=problem.stride[1],
+        padding_h=problem.padding[0],
+        padding_w=problem.padding[1],
+        dilation_h=problem.dilation[0],
+        dilation_w=problem.dilation[1],
+        rows_per_split=steps * config.block_k,
+        TAPS=problem.taps,
+        SAME_GRID=problem.stride == (1, 1) and (problem.P, problem.Q) == (problem.H, problem.W),
+        HAS_PADDING=problem.padding != (0, 0),
+        HAS_AFFINE=input_affine is not None,
+        HAS_COEFFS=coeffs is not None,
+        HAS_Y=y is not None,
+        EVEN_K=problem.M % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        ACC=acc,
+        INPUT_PRECISION=dot_precision(),
+    )
+    if config.split > 1:
+        # Few outputs with many parts, or the reverse: 2048 partials a program either way.
+        block_s = min(32, triton.next_power_of_2(config.split))
+        reduce = PassConfig(block_m=block_s, block_c=2048 // block_s)
+        launch(
+            conv_wgrad_reduce_kernel,
+            (triton.cdiv(elements, reduce.block_c),),
+            touched=(partial, dw),
+            flops=0,
+            config=reduce,
+            device=x.device,
+            partial_ptr=partial,
+            dw_ptr=dw,
+            split=config.split,
+            elements=elements,
+            BLOCK_S=reduce.block_m,
+            BLOCK_N=reduce.block_c,
+            ACC=acc,
+        )
+    return dw
