@@ -35,11 +35,14 @@ class Timing:
         return {"us": self.us, "spread": self.spread, "samples": [round(s, 2) for s in self.samples]}
 
 
-def interleave(device: Device, candidates: Mapping[str, Sequence[Call]], samples: int = 20) -> dict[str, Timing]:
+def interleave(
+    device: Device, candidates: Mapping[str, Sequence[Call]], samples: int = 20, *, hold: bool = True
+) -> dict[str, Timing]:
     """Times each candidate, A B A B …
 
     A candidate is a sequence of calls that do the same on different inputs; one sample runs them all between two
-    events and divides. Nothing waits for the host: the stream is held until everything of a round is queued.
+    events and divides. With ``hold`` nothing waits for the host: the stream is kept busy until a round is queued. Whole
+    steps are timed without, since a step that the host cannot feed is slow.
     """
     host = {}
     for name, calls in candidates.items():
@@ -54,11 +57,11 @@ def interleave(device: Device, candidates: Mapping[str, Sequence[Call]], samples
     found: dict[str, list[float]] = {name: [] for name in candidates}
     samples = 1 if device.dry else samples
     round_host = sum(host.values())
-    rounds_per_hold = max(1, min(samples, int(0.02 / max(round_host, 1e-6))))
+    rounds_per_wait = max(1, min(samples, int(0.02 / max(round_host, 1e-6)))) if hold else samples
     done = 0
     while done < samples:
-        rounds = min(rounds_per_hold, samples - done)
-        device.hold(min(0.1, 1.5 * rounds * round_host + 2e-4))
+        rounds = min(rounds_per_wait, samples - done)
+        device.hold(min(0.1, 1.5 * rounds * round_host + 2e-4) if hold else 1e-3)
         marks = []
         for _ in range(rounds):
             for name, calls in candidates.items():

@@ -31,7 +31,7 @@ _KNOWN_GPUS: Final = ("h200", "h100", "a100", "b200", "l40s", "l4", "a10g", "t4"
 class Entry:
     """One measured pass of one problem. Times are medians in microseconds; ``None`` was not measured."""
 
-    config: GemmConfig | None
+    ours: GemmConfig | None
     """The fastest correct configuration of ours; ``None`` where none was correct."""
     us: float | None
     vendor_us: float | None
@@ -44,9 +44,21 @@ class Entry:
     @property
     def vendor_wins(self) -> bool:
         """Whether the vendor's convolution and the passes around it were faster than ours."""
-        if self.config is None or self.us is None:
+        if self.ours is None or self.us is None:
             return True
         return self.vendor_us is not None and self.vendor_us + self.passes_us < self.us
+
+    @property
+    def config(self) -> GemmConfig | None:
+        """What to launch: ours where it won, ``None`` for the vendor's."""
+        return None if self.vendor_wins else self.ours
+
+    @property
+    def reason(self) -> str:
+        """The measurement in words."""
+        vendor = "not measured" if self.vendor_us is None else f"{self.vendor_us + self.passes_us:.0f} us"
+        ours = "none correct" if self.ours is None or self.us is None else f"{self.us:.0f} us"
+        return f"measured: ours {ours}, the vendor's with its passes {vendor} ({self.source})"
 
 
 Table = Mapping[str, Mapping[str, Entry]]
@@ -84,7 +96,7 @@ def parse(document: Mapping[str, Any]) -> Table:
     return {
         key: {
             name: Entry(
-                config=GemmConfig(**raw["config"]) if raw.get("config") else None,
+                ours=GemmConfig(**raw["config"]) if raw.get("config") else None,
                 us=raw.get("us"),
                 vendor_us=raw.get("vendor_us"),
                 passes_us=raw.get("passes_us") or 0.0,

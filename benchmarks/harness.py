@@ -1,0 +1,260 @@
+"""Runs the stages of a check: each in a process of its own, each item written down as soon as it is done.
+
+The parent starts one child per stage and watches it. An item that raises is named and skipped by the child. One that
+kills the process or poisons the device, or that hangs, is named by the parent, which starts the child again: it goes on
+after the items that are already in the stage's JSON. That is also how an interrupted check goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .device import ROOT, Device, DryDevice
+
+STAGES = ("facts", "baselines", "layers", "kernels", "blocks", "tune", "step", "profile")
+"""In order of value."""
+Item = tuple[str, Callable[[], dict[str, Any]]]
+POISONED = 3
+DEFAULT_CEILINGS = {"bytes_per_s": 3.0e12, "flops_per_s": 750e12}
+
+
+class Context:
+    """What a stage sees: the device, where results go, how much time is left."""
+
+    def __init__(self, stage: str, out: Path, deadline: float, marker: Path, device: Device, limit: int = 0) -> None:
+        self.stage, self.out, self.deadline, self.marker, self.device, self.limit = (
+            stage, out, deadline, marker, device, limit)  # fmt: skip
+        self.path = out / f"{stage}.json"
+        self.document = read(self.path) or {"stage": stage, "results": {}}
+        self.document["facts"] = {**(read(out / "facts.json") or {}).get("facts", {}), **device.facts()}
+
+    @property
+    def dry(self) -> bool:
+        return self.device.dry
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.document["results"]
+
+    def remaining(self) -> float:
+        return self.deadline - time.time()
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The measured ceilings of this GPU; an H100's where the facts stage has not run."""
+        return {**DEFAULT_CEILINGS, **((read(self.out / "facts.json") or {}).get("ceilings") or {})}
+
+    def save(self) -> None:
+        write(self.path, self.document)
+
+    def run(self, items: Iterable[Item]) -> int:
+        """Runs what is not done yet; returns the child's exit status."""
+        for name, work in items:
+            if name in self.results:
+                continue
+            if self.remaining() < 2:
+                print(f"[{self.stage}] out of time before {name}", flush=True)
+                self.document["out_of_time_before"] = name
+                self.save()
+                return 0
+            self.marker.write_text(json.dumps({"item": name, "since": time.time()}))
+            start, poisoned = time.time(), False
+            try:
+                result = work()
+            except Exception as error:
+                result = failure(error)
+                poisoned = not self._alive()
+            result["seconds"] = round(time.time() - start, 2)
+            self.results[name] = result
+            self.save()
+            self.marker.write_text("")
+            show(self.stage, name, result)
+            if poisoned:
+                return POISONED
+            self.device.release()
+            if self.limit and len(self.results) >= self.limit:
+                return 0
+        return 0
+
+    def _alive(self) -> bool:
+        try:
+            self.device.synchronize()
+            self.device.release()
+        except Exception:
+            return False
+        return True
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """An item that raised, as its result."""
+    text = str(error).strip() or repr(error)
+    return {
+        "error": f"{type(error).__name__}: {text[:2000]}",
+        "traceback": "".join(traceback.format_exception(error))[-4000:],
+    }
+
+
+def show(stage: str, name: str, result: dict[str, Any]) -> None:
+    """One short line, before the next item begins."""
+    text = result.get("line") or (f"FAILED {result['error'].splitlines()[0][:160]}" if "error" in result else "done")
+    print(f"[{stage}] {name}: {text}  ({result.get('seconds', 0):.1f} s)", flush=True)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Atomically: a reader or a kill never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(document, indent=1, default=str))
+    partial.replace(path)
+
+
+def child(arguments: argparse.Namespace) -> int:
+    """One stage, in this process."""
+    device = DryDevice() if arguments.dry else Device()
+    context = Context(arguments.stage, arguments.out, arguments.deadline, arguments.marker, device, arguments.limit)
+    stage = importlib.import_module(f"benchmarks.stages.{arguments.stage}")
+    status = context.run(stage.items(context))
+    finish = getattr(stage, "finish", None)
+    if status == 0 and finish is not None:
+        finish(context)
+        context.save()
+    return status
+
+
+def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit: int = 0) -> None:
+    """One stage in children of its own, within ``seconds``."""
+    module = importlib.import_module(f"benchmarks.stages.{stage}")
+    item_seconds = getattr(module, "ITEM_SECONDS", 60)
+    deadline = time.time() + seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        marker = Path(scratch) / "running"
+        for _ in range(12):
+            if deadline - time.time() < 4:
+                break
+            marker.write_text("")
+            command = [sys.executable, "-m", "benchmarks.harness", stage, "--out", str(out), "--marker", str(marker),
+                       "--deadline", str(deadline), "--limit", str(limit)] + ["--dry"] * dry  # fmt: skip
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+            try:
+                problem = _watch(process, marker, deadline, item_seconds)
+            finally:
+                _end(process)
+            if problem is None:
+                break
+            running = json.loads(marker.read_text() or "{}")
+            if running:
+                result = {"error": problem, "seconds": round(time.time() - running["since"], 1)}
+                document = read(out / f"{stage}.json") or {"stage": stage, "results": {}}
+                document["results"][running["item"]] = result
+                write(out / f"{stage}.json", document)
+                show(stage, running["item"], result)
+            elif problem != POISONED_TEXT:
+                print(f"[{stage}] {problem}; the stage is left", flush=True)
+                break
+
+
+POISONED_TEXT = "the device was left unusable"
+
+
+def _watch(process: subprocess.Popen[bytes], marker: Path, deadline: float, item_seconds: float) -> str | None:
+    """Waits for a child; says what went wrong, or ``None``."""
+    while (status := process.poll()) is None:
+        time.sleep(0.1)
+        now = time.time()
+        text = marker.read_text()
+        since = json.loads(text)["since"] if text else math.inf
+        if now - since > item_seconds:
+            return f"no answer in {item_seconds} s: killed"
+        if now > deadline + 20:
+            return "over the stage's time: killed"
+    if status == 0:
+        return None
+    return POISONED_TEXT if status == POISONED else f"the process ended with status {status}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a child and what it started (compile workers), by its own process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of ``scripts/gpu_check``."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check",
+        description="Everything worth knowing about this GPU in ten minutes: facts, baselines, every kernel's error and "
+        "time, whole training steps, a profile. Results are written as they come; run again to go on.",
+        epilog="Stages, in order of value: " + ", ".join(STAGES),
+    )
+    parser.add_argument("--only", default=",".join(STAGES), help="stages to run, separated by commas")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_check", help="folder for one JSON per stage")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
+    parser.add_argument("--stage-minutes", default="", help="override budgets: baselines=2,tune=5")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is already in --out")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many items a stage (0: all)")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU with tiny shapes; measures nothing")
+    options = parser.parse_args(argv)
+    chosen = [name.strip() for name in options.only.split(",") if name.strip()]
+    unknown = sorted(set(chosen) - set(STAGES))
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    import torch
+
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("this machine has no GPU that PyTorch sees; --dry rehearses on the CPU")
+    budgets = {name: float(m) for name, _, m in (part.partition("=") for part in options.stage_minutes.split(",")) if m}
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.time() + options.minutes * 60
+    for name in [stage for stage in STAGES if stage in chosen]:
+        if options.fresh:
+            (options.out / f"{name}.json").unlink(missing_ok=True)
+        minutes = budgets.get(name, importlib.import_module(f"benchmarks.stages.{name}").MINUTES)
+        seconds = min(minutes * 60, end - time.time())
+        if seconds < 10:
+            print(f"[{name}] not run: the time is up", flush=True)
+            continue
+        start = time.time()
+        print(f"[{name}] up to {seconds:.0f} s", flush=True)
+        run_stage(name, options.out, seconds, dry=options.dry, limit=options.limit)
+        print(f"[{name}] {time.time() - start:.0f} s", flush=True)
+    return 0
+
+
+def _child_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--marker", type=Path, required=True)
+    parser.add_argument("--deadline", type=float, required=True)
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--dry", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(child(_child_arguments()))

@@ -1,0 +1,5 @@
+MINUTES = 0.1
+
+
+def items(context):
+    return iter(())

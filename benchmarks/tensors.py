@@ -1,0 +1,26 @@
+"""Random tensors in the layout that the kernels take: logical NCHW, memory dense NHWC."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_resnet.plan.problem import ConvProblem
+
+
+def image(n: int, c: int, h: int, w: int, dtype: str | torch.dtype, device: str, shift: float = 0.0) -> torch.Tensor:
+    """Standard normal (plus ``shift``), [n, c, h, w] over NHWC memory."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    memory = torch.randn(n, h, w, c, dtype=dtype, device=device)
+    return (memory + shift if shift else memory).permute(0, 3, 1, 2)
+
+
+def weight(problem: ConvProblem, device: str, dtype: str | torch.dtype | None = None) -> torch.Tensor:
+    """Kaiming's scale (fan in), [Co, Ci, R, S] over [Co, R, S, Ci] memory."""
+    ci = problem.Ci // problem.groups
+    w = image(problem.Co, ci, problem.R, problem.S, dtype or problem.dtype, device)
+    return w * (2.0 / (ci * problem.taps)) ** 0.5
+
+
+def channels(rows: int, c: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Per-channel numbers near 1, [rows, c]."""
+    return 1.0 + 0.2 * torch.randn(rows, c, dtype=dtype, device=device)
