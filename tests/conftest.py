@@ -1,0 +1,65 @@
+"""What every test stands on: the strict interpreter where there is no GPU, NaN in fresh memory, one thread."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import pytest  # noqa: E402  (threads are counted at import)
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at import
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    from . import strict_interpreter
+
+SEED = 20240229
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: the two-minute selection (pytest -m quick)")
+    config.addinivalue_line("markers", "slow: takes tens of seconds")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    torch.set_num_threads(1)
+    if INTERPRETED:
+        strict_interpreter.install(SEED)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available() or INTERPRETED:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and kernels that are compiled"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU through the interpreter."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers, and the same order of programs, whichever tests ran before."""
+    torch.manual_seed(SEED)
+    if INTERPRETED:
+        strict_interpreter.install(SEED)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` gives NaN (integers: their maximum), so that an element nobody wrote is seen."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        yield
+    torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
