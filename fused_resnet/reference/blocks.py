@@ -93,7 +93,7 @@ class BasicBlock(nn.Module):
 
     def zero_init_last(self) -> None:
         """Makes the block the identity at first: the last normalisation's weight is 0 (Goyal et al. 2017)."""
-        if self.bn2.weight is not None:
+        if isinstance(self.bn2.weight, Tensor):
             nn.init.zeros_(self.bn2.weight)
 
 
@@ -140,7 +140,7 @@ class Bottleneck(nn.Module):
 
     def zero_init_last(self) -> None:
         """Makes the block the identity at first: the last normalisation's weight is 0 (Goyal et al. 2017)."""
-        if self.bn3.weight is not None:
+        if isinstance(self.bn3.weight, Tensor):
             nn.init.zeros_(self.bn3.weight)
 
 

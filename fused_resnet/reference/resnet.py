@@ -139,8 +139,9 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bias)
         if zero_init_residual:
             for module in self.modules():
-                if hasattr(module, "zero_init_last"):
-                    module.zero_init_last()
+                zero_init_last = getattr(module, "zero_init_last", None)
+                if callable(zero_init_last):
+                    zero_init_last()
 
     def stem(self, x: Tensor) -> Tensor:
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
