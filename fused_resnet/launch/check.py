@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..plan.problem import ConvProblem
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -70,6 +72,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dot_precision() -> str:
-    """How tl.dot multiplies float32 operands of a convolution, after PyTorch's own switch."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+def dot_precision(dtype: torch.dtype = torch.float32) -> str:
+    """How tl.dot multiplies operands of a convolution: float32 after PyTorch's own switch, all others exactly."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def require_problem(problem: ConvProblem, dtype: torch.dtype) -> None:
+    """A convolution that the implicit GEMM kernels compute, in ``dtype``. ValueError if not."""
+    if DTYPES.get(problem.dtype) != dtype:
+        raise ValueError(f"the problem is described in {problem.dtype}, the tensors are {dtype}")
+    if problem.groups != 1:
+        raise ValueError(f"the kernels take ungrouped convolutions, got groups={problem.groups}")
+    if problem.taps > 63:
+        raise ValueError(f"the kernels take filters of at most 63 taps, got {problem.R}x{problem.S}")
+    if problem.P < 1 or problem.Q < 1:
+        raise ValueError(f"the filter does not fit into the padded input: {problem}")
+    if max(problem.M, problem.N * problem.H * problem.W, problem.Co * problem.Ci * problem.taps) >= 2**31:
+        raise ValueError(f"the kernels count pixels and weights in 32 bits, too many for them: {problem}")

@@ -1,0 +1,210 @@
+"""Convolution, gradient of the input, as one implicit GEMM per parity class over NHWC memory.
+
+    dx[n, h, w, ci] = sum over r, s, co of  prologue(dy)[n, p, q, co] * w[co, r, s, ci]
+                      with p*stride = h + padding - r*dilation, and q likewise
+
+Only every stride-th pixel meets a tap, so the pixels (h mod stride, w mod stride) = (ch, cw) form a class of their own: with
+h = hc*stride + ch, a tap counts if stride divides ch + padding - r*dilation. Those taps are r = first + j*STEP with
+STEP = stride/gcd(stride, dilation), and they read p = hc + offset - j*dilation/gcd(stride, dilation): a dense
+convolution of stride 1 over dy. Class (kh - padding) mod stride holds the taps with r*dilation = kh (mod stride), so kh = 0 has
+tap 0 and is the heaviest; it comes first. A class without taps writes zero (and the residual). One launch does all classes.
+
+Reads   dy, y [N*P*Q, Co], w [Co, R*S*Ci], coeffs [3, Co], mask_input [N*H*W, Ci], mask_stats [4, Ci], residual.
+Writes  dx [N*H*W, Ci], tiles [2, T, Ci]: of dx as stored, per M tile, sum dz and sum dz*(mask_input - mean).
+Prologue  dy' = A*dy (+ B*y + C), rounded to dy's dtype; with y only where no padding is read.
+Epilogue  + residual (where it has a pixel), or relu_grad(dx, mask_input*scale + shift) and the sums.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import affine, relu_grad
+from .implicit_gemm import split_rows, tap_bits
+
+
+@triton.jit
+def class_taps(k, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr):
+    """Of the k-th class along one dimension: its first pixel, its first tap, how many taps, the first tap's offset."""
+    c = (k + STRIDE - PADDING % STRIDE) % STRIDE
+    first = k * 0 + R
+    for r in tl.static_range(R):
+        first = tl.where((k + (R - 1 - r) * DILATION * (STRIDE - 1)) % STRIDE == 0, R - 1 - r, first)
+    return c, first, (R - first + STEP - 1) // STEP, (c + PADDING - first * DILATION) // STRIDE
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    dy_ptr,
+    y_ptr,
+    w_ptr,
+    dx_ptr,
+    coeffs_ptr,
+    mask_input_ptr,
+    mask_stats_ptr,
+    residual_ptr,
+    tiles_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    Ci,
+    Co,
+    num_m,
+    num_n,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_R: tl.constexpr,
+    STEP_S: tl.constexpr,
+    RESIDUAL_STRIDE_H: tl.constexpr,
+    RESIDUAL_STRIDE_W: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_MASK_STATS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # A 1x1 tap without padding exists for every pixel of its class; with stride 1, dy is the left matrix as it lies.
+    POINTWISE: tl.constexpr = R == 1 and S == 1 and PADDING_H == 0 and PADDING_W == 0
+    UNSTRIDED: tl.constexpr = STRIDE_H == 1 and STRIDE_W == 1
+    STEP_P: tl.constexpr = DILATION_H * STEP_R // STRIDE_H
+    STEP_Q: tl.constexpr = DILATION_W * STEP_S // STRIDE_W
+
+    tile = tl.program_id(0) // num_n
+    pid_n = tl.program_id(0) % num_n
+
+    # Which class this tile belongs to, and its number within the class.
+    kh = 0
+    kw = 0
+    pid_m = tile
+    if not UNSTRIDED:
+        end = 0
+        for k in tl.static_range(STRIDE_H * STRIDE_W):
+            start = end
+            ch = (k // STRIDE_W + STRIDE_H - PADDING_H % STRIDE_H) % STRIDE_H
+            cw = (k % STRIDE_W + STRIDE_W - PADDING_W % STRIDE_W) % STRIDE_W
+            rows = N * ((H - ch + STRIDE_H - 1) // STRIDE_H) * ((W - cw + STRIDE_W - 1) // STRIDE_W)
+            end = start + tl.cdiv(rows, BLOCK_M)
+            kh = tl.where(tile >= start, k // STRIDE_W, kh)
+            kw = tl.where(tile >= start, k % STRIDE_W, kw)
+            pid_m = tl.where(tile >= start, tile - start, pid_m)
+    ch, first_r, taps_r, offset_p = class_taps(kh, STRIDE_H, PADDING_H, DILATION_H, STEP_R, R)
+    cw, first_s, taps_s, offset_q = class_taps(kw, STRIDE_W, PADDING_W, DILATION_W, STEP_S, S)
+    Hc = (H - ch + STRIDE_H - 1) // STRIDE_H
+    Wc = (W - cw + STRIDE_W - 1) // STRIDE_W
+    M = N * Hc * Wc
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < Ci
+
+    # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
+    row = tl.minimum(offs_m, M - 1)
+    if not (POINTWISE and UNSTRIDED):
+        n, hc, wc = split_rows(row, Hc, Wc)
+        p0 = hc + offset_p
+        q0 = wc + offset_q
+        row = (n * P + p0) * Q + q0
+    if not POINTWISE:
+        bits = tap_bits(p0, q0, P, Q, -STEP_P, -STEP_Q, R, S)
+    offs_a = row.to(tl.int64)[:, None] * Co + offs_k[None, :]
+    w_ptrs = w_ptr + offs_k[:, None] * (R * S * Ci) + offs_n[None, :]
+
+    iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
+    taps_s = tl.maximum(taps_s, 1)  # a class without taps runs no iteration, and must not divide by zero either
+    taps = tl.maximum(taps_r, 1) * taps_s
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for i in range(iterations):
+        tap = i % taps
+        k0 = i // taps * BLOCK_K
+        j_r = tap // taps_s
+        j_s = tap % taps_s
+        offs_tap = k0 - (j_r * STEP_P * Q + j_s * STEP_Q) * Co
+        mask_k = offs_k < Co - k0
+        if not POINTWISE:
+            inside = ((bits >> (j_r * S + j_s)) & 1) != 0
+        if POINTWISE and EVEN_K:
+            a = tl.load(dy_ptr + offs_a + offs_tap)
+        elif POINTWISE:
+            a = tl.load(dy_ptr + offs_a + offs_tap, mask=mask_k[None, :], other=0.0)
+        elif EVEN_K:
+            a = tl.load(dy_ptr + offs_a + offs_tap, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(dy_ptr + offs_a + offs_tap, mask=inside[:, None] & mask_k[None, :], other=0.0)
+        w_tap = w_ptrs + (((first_r + j_r * STEP_R) * S + first_s + j_s * STEP_S) * Ci + k0.to(tl.int64) * (R * S * Ci))
+        if EVEN_K and EVEN_N:
+            b = tl.load(w_tap)
+        elif EVEN_K:
+            b = tl.load(w_tap, mask=mask_n[None, :], other=0.0)
+        else:
+            b = tl.load(w_tap, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        if HAS_COEFFS:
+            scale = tl.load(coeffs_ptr + k0 + offs_k, mask=mask_k, other=0.0)
+            scaled = a.to(ACC) * scale[None, :]
+            if HAS_Y:
+                y_scale = tl.load(coeffs_ptr + Co + k0 + offs_k, mask=mask_k, other=0.0)
+                shift = tl.load(coeffs_ptr + 2 * Co + k0 + offs_k, mask=mask_k, other=0.0)
+                if EVEN_K:
+                    y = tl.load(y_ptr + offs_a + offs_tap)
+                else:
+                    y = tl.load(y_ptr + offs_a + offs_tap, mask=mask_k[None, :], other=0.0)
+                scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])
+            a = scaled.to(dy_ptr.dtype.element_ty)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & mask_n[None, :]
+    RESIDUAL_STRIDED: tl.constexpr = RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1
+    row = offs_m
+    if not UNSTRIDED or (HAS_RESIDUAL and RESIDUAL_STRIDED):
+        n, hc, wc = split_rows(offs_m, Hc, Wc)
+        h = hc * STRIDE_H + ch
+        w = wc * STRIDE_W + cw
+        row = (n * H + h) * W + w
+    offs_dx = row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
+
+    if HAS_RESIDUAL:
+        if RESIDUAL_STRIDED:
+            rows_h = (H + RESIDUAL_STRIDE_H - 1) // RESIDUAL_STRIDE_H
+            rows_w = (W + RESIDUAL_STRIDE_W - 1) // RESIDUAL_STRIDE_W
+            residual_row = (n * rows_h + h // RESIDUAL_STRIDE_H) * rows_w + w // RESIDUAL_STRIDE_W
+            sampled = (h % RESIDUAL_STRIDE_H == 0) & (w % RESIDUAL_STRIDE_W == 0)
+            offs_residual = residual_row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
+            acc += tl.load(residual_ptr + offs_residual, mask=mask & sampled[:, None], other=0.0).to(ACC)
+        else:
+            acc += tl.load(residual_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
+    if HAS_MASK:
+        x = tl.load(mask_input_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
+        if HAS_MASK_STATS:
+            scale = tl.load(mask_stats_ptr + 2 * Ci + offs_n, mask=mask_n, other=0.0)
+            shift = tl.load(mask_stats_ptr + 3 * Ci + offs_n, mask=mask_n, other=0.0)
+            acc = relu_grad(acc, affine(x, scale[None, :], shift[None, :]))
+        else:
+            acc = relu_grad(acc, x)
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + offs_dx, dx, mask=mask)
+
+    if HAS_MASK:
+        dz = tl.where(mask_m[:, None], dx.to(ACC), 0.0)
+        tile_ptrs = tiles_ptr + tile * Ci + offs_n
+        tl.store(tile_ptrs, tl.sum(dz, axis=0), mask=mask_n)
+        if HAS_MASK_STATS:
+            mean = tl.load(mask_stats_ptr + offs_n, mask=mask_n, other=0.0)
+            product = dz * (x - mean[None, :])
+            tl.store(tile_ptrs + num_m * Ci, tl.sum(product, axis=0), mask=mask_n)
+        else:
+            tl.store(tile_ptrs + num_m * Ci, tl.zeros((BLOCK_N,), ACC), mask=mask_n)

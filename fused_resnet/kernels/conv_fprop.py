@@ -1,0 +1,139 @@
+"""Convolution, forward, as an implicit GEMM over NHWC memory.
+
+    y[m, co] = epilogue( sum over r, s, ci of  prologue(x)[n, p*stride + r*dilation - padding, q*..., ci] * w[co, r, s, ci] )
+
+Row m = (n*P + p)*Q + q; the reduced index runs over blocks of Ci and, inside a block, over the R*S taps, which read almost
+the same pixels and find them in the cache. Programs of one M tile and neighbouring N tiles are adjacent, so x is read
+from memory once.
+
+Reads   x [N*H*W, Ci], w [Co, R*S*Ci], input_affine [2, Ci], output_affine [2, Co], residual [M, Co].
+Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored.
+Prologue  relu(x*scale + shift), rounded to x's dtype; positions in the padding are zero after it.
+Epilogue  y*scale + shift, + residual, relu: each optional.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import affine, relu
+from .implicit_gemm import split_rows, tap_bits
+
+
+@triton.jit
+def conv_fprop_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    input_affine_ptr,
+    output_affine_ptr,
+    residual_ptr,
+    tiles_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    Ci,
+    Co,
+    num_m,
+    num_n,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_INPUT_AFFINE: tl.constexpr,
+    HAS_OUTPUT_AFFINE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    APPLY_RELU: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Without padding a 1x1 tap always exists; with stride 1 as well, x is the left matrix as it lies.
+    POINTWISE: tl.constexpr = R == 1 and S == 1 and PADDING_H == 0 and PADDING_W == 0
+    DENSE: tl.constexpr = POINTWISE and STRIDE_H == 1 and STRIDE_W == 1
+    TAPS: tl.constexpr = R * S
+
+    pid_m = tl.program_id(0) // num_n
+    pid_n = tl.program_id(0) % num_n
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    # Rows and columns past the end repeat the last one: their loads need no mask, their results are not stored.
+    row = tl.minimum(offs_m, M - 1)
+    if not DENSE:
+        n, p, q = split_rows(row, P, Q)
+        h0 = p * STRIDE_H - PADDING_H
+        w0 = q * STRIDE_W - PADDING_W
+        row = (n * H + h0) * W + w0
+    if not POINTWISE:
+        bits = tap_bits(h0, w0, H, W, DILATION_H, DILATION_W, R, S)
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * Ci + offs_k[None, :]
+    w_ptrs = w_ptr + tl.minimum(offs_n, Co - 1)[None, :] * (TAPS * Ci) + offs_k[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for i in range(TAPS * tl.cdiv(Ci, BLOCK_K)):
+        tap = i % TAPS
+        k0 = i // TAPS * BLOCK_K
+        x_tap = x_ptrs + ((tap // S * DILATION_H * W + tap % S * DILATION_W) * Ci + k0)
+        w_tap = w_ptrs + (tap * Ci + k0)
+        mask_k = offs_k < Ci - k0
+        if not POINTWISE:
+            inside = ((bits >> tap) & 1) != 0
+        if POINTWISE and EVEN_K:
+            a = tl.load(x_tap)
+        elif POINTWISE:
+            a = tl.load(x_tap, mask=mask_k[None, :], other=0.0)
+        elif EVEN_K:
+            a = tl.load(x_tap, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(x_tap, mask=inside[:, None] & mask_k[None, :], other=0.0)
+        if EVEN_K:
+            b = tl.load(w_tap)
+        else:
+            b = tl.load(w_tap, mask=mask_k[:, None], other=0.0)
+        if HAS_INPUT_AFFINE:
+            affine_ptrs = input_affine_ptr + k0 + offs_k
+            if EVEN_K:
+                scale = tl.load(affine_ptrs)
+                shift = tl.load(affine_ptrs + Ci)
+            else:
+                scale = tl.load(affine_ptrs, mask=mask_k, other=0.0)
+                shift = tl.load(affine_ptrs + Ci, mask=mask_k, other=0.0)
+            a = relu(affine(a.to(ACC), scale[None, :], shift[None, :])).to(x_ptr.dtype.element_ty)
+            if not POINTWISE:
+                a = tl.where(inside[:, None], a, 0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    mask_m = offs_m < M
+    mask_n = offs_n < Co
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs_y = offs_m.to(tl.int64)[:, None] * Co + offs_n[None, :]
+    if HAS_OUTPUT_AFFINE:
+        scale = tl.load(output_affine_ptr + offs_n, mask=mask_n, other=0.0)
+        shift = tl.load(output_affine_ptr + Co + offs_n, mask=mask_n, other=0.0)
+        acc = affine(acc, scale[None, :], shift[None, :])
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(ACC)
+    if APPLY_RELU:
+        acc = relu(acc)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs_y, y, mask=mask)
+
+    if HAS_STATS:
+        values = y.to(ACC)
+        count = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
+        mean = tl.sum(tl.where(mask_m[:, None], values, 0.0), axis=0) / count
+        centred = tl.where(mask_m[:, None], values - mean[None, :], 0.0)
+        tile_ptrs = tiles_ptr + pid_m * Co + offs_n
+        tl.store(tile_ptrs, mean, mask=mask_n)
+        tl.store(tile_ptrs + num_m * Co, tl.sum(centred * centred, axis=0), mask=mask_n)

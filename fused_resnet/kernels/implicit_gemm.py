@@ -1,0 +1,32 @@
+"""Row geometry of the implicit GEMMs: which source pixel a row starts from, and which of its taps exist.
+
+A row of the GEMM is one pixel of the result. Its taps read the source plane [I, J] at (i0 + r*STEP_I, j0 + s*STEP_J) for
+r < R, s < S. The source offset of a tap is the row's base offset plus a scalar that is the same for every row, so the
+loop adds one number per tap; whether the tap lies inside the plane is one bit per row, computed before the loop.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tap_bits(i0, j0, I, J, STEP_I: tl.constexpr, STEP_J: tl.constexpr, R: tl.constexpr, S: tl.constexpr):  # noqa: E741
+    """Bit r*S + s of each row: does tap (r, s) lie inside the plane? int32 up to 31 taps, int64 up to 63."""
+    BITS: tl.constexpr = tl.int32 if R * S <= 31 else tl.int64
+    columns = tl.zeros(j0.shape, BITS)
+    for s in tl.static_range(S):
+        j = j0 + s * STEP_J
+        columns |= ((j >= 0) & (j < J)).to(BITS) << s
+    bits = tl.zeros(i0.shape, BITS)
+    for r in tl.static_range(R):
+        i = i0 + r * STEP_I
+        bits |= tl.where((i >= 0) & (i < I), columns << (r * S), 0)
+    return bits
+
+
+@triton.jit
+def split_rows(offs_m, I, J):  # noqa: E741
+    """Row numbers of a dense [N, I, J] tensor as (n, i, j)."""
+    row = offs_m // J
+    n = row // I
+    return n, row - n * I, offs_m - row * J

@@ -1,0 +1,122 @@
+"""Launches the convolution's gradient with respect to its input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.conv_dgrad import conv_dgrad_kernel
+from ..plan.config import GemmConfig
+from ..plan.problem import ConvProblem, Pair
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
+from .record import launch
+
+
+def conv_dgrad(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    problem: ConvProblem,
+    config: GemmConfig,
+    *,
+    y: torch.Tensor | None = None,
+    coeffs: torch.Tensor | None = None,
+    mask_input: torch.Tensor | None = None,
+    mask_stats: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_stride: Pair = (1, 1),
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dx [N, Ci, H, W], and with ``mask_input`` the partial sums [2, T, Ci] of the gradient below its ReLU.
+
+    ``dy`` [N, Co, P, Q] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``coeffs`` [3, Co] makes the prologue
+    A*dy, with ``y`` [N, Co, P, Q] (1x1 without padding only) A*dy + B*y + C. ``mask_input`` [N, Ci, H, W] masks the result where
+    mask_input*scale + shift <= 0 (``mask_stats`` [4, Ci]; without, where mask_input <= 0), and the tiles hold sum dz and
+    sum dz*(mask_input - mean) (without mask_stats: zero). ``residual`` is added instead: [N, Ci, H, W], or
+    [N, Ci, ceil(H/s_h), ceil(W/s_w)] at every ``residual_stride``-th pixel. Raises ValueError for anything else.
+    """
+    p = problem
+    require_problem(p, dy.dtype)
+    require_image(dy, (p.N, p.Co, p.P, p.Q), dy, "dy")
+    require_image(weight, (p.Co, p.Ci, p.R, p.S), dy, "weight")
+    if coeffs is not None:
+        require_rows(coeffs, 3, p.Co, dy, "coeffs")
+    if y is not None:
+        if coeffs is None or not p.is_pointwise:
+            raise ValueError("y goes with coeffs, and only a 1x1 convolution without padding takes it")
+        require_image(y, (p.N, p.Co, p.P, p.Q), dy, "y")
+    if mask_input is not None:
+        if residual is not None:
+            raise ValueError("mask_input and residual exclude each other")
+        require_image(mask_input, (p.N, p.Ci, p.H, p.W), dy, "mask_input")
+    if mask_stats is not None:
+        if mask_input is None:
+            raise ValueError("mask_stats goes with mask_input")
+        require_rows(mask_stats, 4, p.Ci, dy, "mask_stats")
+    if residual is not None:
+        size = (triton.cdiv(p.H, residual_stride[0]), triton.cdiv(p.W, residual_stride[1]))
+        require_image(residual, (p.N, p.Ci, *size), dy, "residual")
+
+    acc = accumulation_dtype(dy.dtype)
+    num_m = sum(triton.cdiv(p.N * h * w, config.block_m) for h, w in _class_sizes(p))
+    num_n = triton.cdiv(p.Ci, config.block_n)
+    dx = torch.empty((p.N, p.Ci, p.H, p.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    tiles = None if mask_input is None else torch.empty((2, num_m, p.Ci), dtype=acc, device=dy.device)
+    launch(
+        conv_dgrad_kernel,
+        (num_m * num_n,),
+        touched=(dy, weight, dx, y, coeffs, mask_input, mask_stats, residual, tiles),
+        flops=p.flops,
+        config=config,
+        device=dy.device,
+        dy_ptr=dy,
+        y_ptr=y,
+        w_ptr=weight,
+        dx_ptr=dx,
+        coeffs_ptr=coeffs,
+        mask_input_ptr=mask_input,
+        mask_stats_ptr=mask_stats,
+        residual_ptr=residual,
+        tiles_ptr=tiles,
+        N=p.N,
+        H=p.H,
+        W=p.W,
+        P=p.P,
+        Q=p.Q,
+        Ci=p.Ci,
+        Co=p.Co,
+        num_m=num_m,
+        num_n=num_n,
+        R=p.R,
+        S=p.S,
+        STRIDE_H=p.stride[0],
+        STRIDE_W=p.stride[1],
+        PADDING_H=p.padding[0],
+        PADDING_W=p.padding[1],
+        DILATION_H=p.dilation[0],
+        DILATION_W=p.dilation[1],
+        STEP_R=p.stride[0] // math.gcd(p.stride[0], p.dilation[0]),
+        STEP_S=p.stride[1] // math.gcd(p.stride[1], p.dilation[1]),
+        RESIDUAL_STRIDE_H=residual_stride[0],
+        RESIDUAL_STRIDE_W=residual_stride[1],
+        HAS_COEFFS=coeffs is not None,
+        HAS_Y=y is not None,
+        HAS_MASK=mask_input is not None,
+        HAS_MASK_STATS=mask_stats is not None,
+        HAS_RESIDUAL=residual is not None,
+        EVEN_K=p.Co % config.block_k == 0,
+        EVEN_N=p.Ci % config.block_n == 0,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        PRECISION=dot_precision(dy.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    return dx, tiles
+
+
+def _class_sizes(problem: ConvProblem) -> list[Pair]:
+    """Height and width of each parity class of input pixels."""
+    (s_h, s_w), H, W = problem.stride, problem.H, problem.W
+    return [(triton.cdiv(H - ch, s_h), triton.cdiv(W - cw, s_w)) for ch in range(s_h) for cw in range(s_w)]

@@ -1,0 +1,103 @@
+"""Launches the forward convolution."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.conv_fprop import conv_fprop_kernel
+from ..plan.config import GemmConfig
+from ..plan.problem import ConvProblem
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
+from .record import launch
+from .tiles import StatTiles
+
+
+def conv_fprop(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    problem: ConvProblem,
+    config: GemmConfig,
+    *,
+    input_affine: torch.Tensor | None = None,
+    stats: bool = False,
+    output_affine: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    relu: bool = False,
+) -> tuple[torch.Tensor, StatTiles | None]:
+    """y = epilogue(conv(prologue(x), weight)) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
+
+    ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale, shift)
+    makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] and ``relu`` make the
+    epilogue, in this order. Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
+    """
+    p = problem
+    require_problem(p, x.dtype)
+    require_image(x, (p.N, p.Ci, p.H, p.W), x, "x")
+    require_image(weight, (p.Co, p.Ci, p.R, p.S), x, "weight")
+    if input_affine is not None:
+        require_rows(input_affine, 2, p.Ci, x, "input_affine")
+    if output_affine is not None:
+        require_rows(output_affine, 2, p.Co, x, "output_affine")
+    if residual is not None:
+        require_image(residual, (p.N, p.Co, p.P, p.Q), x, "residual")
+
+    acc = accumulation_dtype(x.dtype)
+    num_m = triton.cdiv(p.M, config.block_m)
+    num_n = triton.cdiv(p.Co, config.block_n)
+    y = torch.empty((p.N, p.Co, p.P, p.Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    tiles = torch.empty((2, num_m, p.Co), dtype=acc, device=x.device) if stats else None
+    launch(
+        conv_fprop_kernel,
+        (num_m * num_n,),
+        touched=(
+            # A strided 1x1 convolution reads only the pixels that it samples.
+            p.M * p.Ci * x.element_size() if p.is_pointwise else x,
+            weight,
+            y,
+            input_affine,
+            output_affine,
+            residual,
+            tiles,
+        ),
+        flops=p.flops,
+        config=config,
+        device=x.device,
+        x_ptr=x,
+        w_ptr=weight,
+        y_ptr=y,
+        input_affine_ptr=input_affine,
+        output_affine_ptr=output_affine,
+        residual_ptr=residual,
+        tiles_ptr=tiles,
+        M=p.M,
+        H=p.H,
+        W=p.W,
+        P=p.P,
+        Q=p.Q,
+        Ci=p.Ci,
+        Co=p.Co,
+        num_m=num_m,
+        num_n=num_n,
+        R=p.R,
+        S=p.S,
+        STRIDE_H=p.stride[0],
+        STRIDE_W=p.stride[1],
+        PADDING_H=p.padding[0],
+        PADDING_W=p.padding[1],
+        DILATION_H=p.dilation[0],
+        DILATION_W=p.dilation[1],
+        HAS_INPUT_AFFINE=input_affine is not None,
+        HAS_OUTPUT_AFFINE=output_affine is not None,
+        HAS_RESIDUAL=residual is not None,
+        APPLY_RELU=relu,
+        HAS_STATS=stats,
+        EVEN_K=p.Ci % config.block_k == 0,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        PRECISION=dot_precision(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    return y, None if tiles is None else StatTiles(tiles, config.block_m, p.M)
