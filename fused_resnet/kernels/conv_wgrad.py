@@ -4,7 +4,7 @@
                          h = p * stride_h - padding_h + r * dilation_h,  w likewise; a is zero outside the image
 
 One program owns one (Co, Ci) tile of one tap, over one contiguous range of rows m. The ranges are fixed by the
-configuration and their float32 partials [split, Co, R * S * Ci] are summed in a fixed order: two runs agree bit for bit.
+configuration, their float32 partials [split, Co, R * S * Ci] are summed in a fixed order: two runs agree bit for bit.
 
 Prologues, formed on load and rounded to the operands' dtype before the dot, so that neither tensor is ever written:
 
@@ -112,7 +112,7 @@ def conv_wgrad_kernel(
             coeff_c = tl.load(coeffs_ptr + 2 * Co + offs_co, mask=mask_co, other=0.0)[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for step in range(0, tl.cdiv(rows, BLOCK_K)):
+    for step in range(tl.cdiv(rows, BLOCK_K)):
         mask_dy = mask_co[:, None]
         mask_x = mask_ci[None, :]
         if not EVEN_K:

@@ -96,7 +96,7 @@ def test_prologues(problem, dtype, with_affine, with_y, monkeypatch):
     y = nhwc(*dz.shape, dtype=dtype, seed=4) if with_y else None
     coeffs = per_channel(3, problem.Co, dtype)
     input_affine = per_channel(4, problem.Ci, dtype, seed=5)[2:4] if with_affine else None
-    arguments = dict(input_affine=input_affine, y=y, coeffs=coeffs, out_dtype=coeffs.dtype)
+    arguments = {"input_affine": input_affine, "y": y, "coeffs": coeffs, "out_dtype": coeffs.dtype}
     config = GemmConfig(16, 32, 16, num_warps=4, split=2)
     dw = conv_wgrad(x, dz, problem, config, **arguments)
 
