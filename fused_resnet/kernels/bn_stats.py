@@ -1,0 +1,173 @@
+"""Batch statistics: per-tile mean and M2 of y [M, C], their merge, and the rows every other kernel normalises with.
+
+    bn_stats      y [M, C] -> tiles [2, T, C]                mean and M2 = sum (y - mean)^2 of every rows_per_tile rows
+    bn_finalize   tiles [2, T, C] -> stats [4, C]            Chan's merge; the running statistics, in place
+    bn_frozen     running_mean, running_var -> stats [4, C]
+    stats rows    0 mean, 1 rstd, 2 scale = gamma * rstd, 3 shift = beta - mean * scale
+
+Both reductions sum deviations from a pivot p, the mean of the first block of what they reduce:
+
+    S = sum (v - p),  Q = sum (v - p)^2      ->      mean = p + S / n,  M2 = Q - S^2 / n
+
+S and Q of different lanes simply add, so no lane needs a count. The subtraction cancels at most a factor
+1 + (p - mean)^2 / var. One block of B among n values holds at most n * var of the squared deviations, so
+(p - mean)^2 <= var * n / B: float32 loses no more than the number of blocks, whatever the mean and the data.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiling import pass_tile, step_offsets
+
+
+@triton.jit
+def centred(pivot, shifted_sum, squared_sum, count):
+    """(mean, M2) from sums of deviations from the pivot. Rounding may not take M2 below zero, and NaN stays NaN."""
+    offset = shifted_sum / count
+    m2 = squared_sum - shifted_sum * offset
+    return pivot + offset, tl.where(m2 < 0.0, 0.0, m2)
+
+
+@triton.jit
+def bn_stats_kernel(
+    y_ptr,
+    tiles_ptr,
+    rows,
+    channels,
+    rows_per_tile,
+    plane,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
+    y_ptr += first * channels
+
+    offsets, mask = step_offsets(0, count, offs_c, channels, BLOCK_M)
+    y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    pivot = tl.sum(y, axis=0) / tl.minimum(count, BLOCK_M)
+
+    shifted = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
+    squared = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
+    for start in range(0, count, BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, BLOCK_M)
+        y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        deviation = tl.where(mask, y - pivot[None, :], 0.0)
+        shifted += deviation
+        squared += deviation * deviation
+
+    mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), count)
+    tiles_ptr += tile.to(tl.int64) * channels
+    tl.store(tiles_ptr + offs_c, mean, mask=offs_c < channels)
+    tl.store(tiles_ptr + plane + offs_c, m2, mask=offs_c < channels)
+
+
+@triton.jit
+def store_stats(
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean,
+    var,
+    eps,
+    channels,
+    offs_c,
+    mask_c,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """The four rows of stats from the mean and the biased variance."""
+    dtype = mean.dtype
+    rstd = (1.0 / tl.sqrt(var + eps)).to(dtype)  # eps is a float64, and so is the root: exact, and cheap per channel
+    scale = rstd
+    if HAS_WEIGHT:
+        scale = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(dtype) * rstd
+    shift = -mean * scale
+    if HAS_BIAS:
+        shift = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(dtype) - mean * scale
+    tl.store(stats_ptr + offs_c, mean, mask=mask_c)
+    tl.store(stats_ptr + channels + offs_c, rstd, mask=mask_c)
+    tl.store(stats_ptr + 2 * channels + offs_c, scale, mask=mask_c)
+    tl.store(stats_ptr + 3 * channels + offs_c, shift, mask=mask_c)
+
+
+@triton.jit
+def update_running(running_ptr, value, momentum, offs_c, mask_c):
+    """running = (1 - momentum) * running + momentum * value, in the running tensor's own dtype."""
+    running = tl.load(running_ptr + offs_c, mask=mask_c, other=0.0)
+    updated = (1.0 - momentum) * running.to(value.dtype) + momentum * value
+    tl.store(running_ptr + offs_c, updated.to(running.dtype), mask=mask_c)
+
+
+@triton.jit
+def bn_finalize_kernel(
+    tiles_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
+    rows,
+    channels,
+    rows_per_tile,
+    tiles,
+    plane,
+    eps: tl.float64,
+    momentum: tl.float64,
+    ACC: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+
+    offsets, mask = step_offsets(0, tiles, offs_c, channels, BLOCK_T)
+    pivot = tl.sum(tl.load(tiles_ptr + offsets, mask=mask, other=0.0), axis=0) / tl.minimum(tiles, BLOCK_T)
+
+    shifted = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
+    squared = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
+    for start in range(0, tiles, BLOCK_T):
+        offsets, mask = step_offsets(start, tiles, offs_c, channels, BLOCK_T)
+        mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
+        m2 = tl.load(tiles_ptr + plane + offsets, mask=mask, other=0.0)
+        first_row = (start + tl.arange(0, BLOCK_T)).to(tl.int64) * rows_per_tile
+        count = tl.minimum(rows - first_row, rows_per_tile).to(ACC)[:, None]
+        deviation = tl.where(mask, mean - pivot[None, :], 0.0)
+        shifted += count * deviation
+        squared += m2 + count * deviation * deviation
+
+    mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), rows)
+    store_stats(stats_ptr, weight_ptr, bias_ptr, mean, m2 / rows, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
+    if HAS_COUNTER:
+        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
+    if HAS_RUNNING_MEAN:
+        update_running(running_mean_ptr, mean, momentum, offs_c, mask_c)
+    if HAS_RUNNING_VAR:
+        update_running(running_var_ptr, m2 / tl.maximum(rows - 1, 1), momentum, offs_c, mask_c)
+
+
+@triton.jit
+def bn_frozen_kernel(
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    channels,
+    eps: tl.float64,
+    ACC: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(ACC)
+    store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)

@@ -1,0 +1,172 @@
+"""Backward of BatchNorm, residual and ReLU: the reductions with dz, their merge, and dy."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from ..kernels.bn_act_grad import bn_act_grad_reduce_kernel, bn_grad_apply_kernel, bn_grad_finalize_kernel
+from ..plan.config import PassConfig
+from ..plan.passes import ceil_div, merge_config, step_rows
+from .check import accumulation_dtype, require_device, require_image, require_nhwc, require_rows, require_shape
+from .record import launch
+
+
+def _acc(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def bn_act_grad_reduce(
+    dout: torch.Tensor,
+    y: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    config: PassConfig,
+    *,
+    out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_stats: torch.Tensor | None = None,
+    relu: bool = True,
+    store_dz: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """dz = dout where the ReLU let it pass, and tiles [2, T, C] of sum dz and sum dz * (y - mean).
+
+    The mask is that of the ReLU's output ``out``, or without one of y * scale + shift. ``residual``, a projection's raw
+    output, and ``residual_stats`` add a third row, sum dz * (residual - its mean). Without ``y`` (frozen statistics)
+    row 1 is zero and ``stats`` is not read. Without a ReLU dz is ``dout`` itself; without ``store_dz`` it is ``None``.
+    Images [N, C, H, W] of one dtype, NHWC memory. ValueError where an operand is missing or does not fit.
+    """
+    require_nhwc(dout, "dout")
+    channels = dout.shape[1]
+    rows = dout.numel() // channels
+    if y is None and relu and out is None:
+        raise ValueError("the mask of the ReLU needs y or out")
+    if (residual is None) != (residual_stats is None):
+        raise ValueError("residual and residual_stats come together")
+    if residual is not None and relu and out is None:
+        raise ValueError("with a residual the mask of the ReLU needs out")
+    for name, image in (("y", y), ("out", out), ("residual", residual)):
+        if image is not None:
+            require_image(image, dout.shape, dout, name)
+    if y is not None:
+        if stats is None:
+            raise ValueError("y needs stats")
+        require_rows(stats, 4, channels, dout, "stats")
+    if residual_stats is not None:
+        require_rows(residual_stats, 4, channels, dout, "residual_stats")
+
+    mask = out if relu else None
+    tiles = ceil_div(rows, config.block_m)
+    acc = accumulation_dtype(dout.dtype)
+    data = torch.empty((2 if residual is None else 3, tiles, channels), dtype=acc, device=dout.device)
+    stored = torch.empty_like(dout, memory_format=torch.channels_last) if relu and store_dz else None
+    images = [t for t in (dout, y, mask, residual, stored) if t is not None]
+    launch(
+        bn_act_grad_reduce_kernel,
+        (tiles * ceil_div(channels, config.block_c),),
+        touched=(*images, stats if y is not None else None, residual_stats, data),
+        flops=0,
+        config=config,
+        device=dout.device,
+        dout_ptr=dout,
+        y_ptr=y,
+        out_ptr=mask,
+        residual_ptr=residual,
+        stats_ptr=stats,
+        residual_stats_ptr=residual_stats,
+        dz_ptr=stored,
+        tiles_ptr=data,
+        rows=rows,
+        channels=channels,
+        rows_per_tile=config.block_m,
+        plane=tiles * channels,
+        ACC=_acc(acc),
+        HAS_Y=y is not None,
+        HAS_OUT=mask is not None,
+        HAS_RESIDUAL=residual is not None,
+        APPLY_RELU=relu,
+        STORE_DZ=stored is not None,
+        BLOCK_M=step_rows(config, dout.element_size(), vectors=2),
+        BLOCK_C=config.block_c,
+    )
+    if not store_dz:
+        return None, data
+    return (stored if relu else dout), data
+
+
+def bn_grad_finalize(
+    tiles: torch.Tensor, stats: torch.Tensor, weight: torch.Tensor | None, rows: int, *, row: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dgamma [C], dbeta [C], coeffs [3, C]) from partial sums [2 or 3, T, C], all in the tiles' dtype.
+
+    Row 0 of ``tiles`` holds sum dz, ``row`` holds sum dz * (y - mean); ``rows`` is how many pixels each channel has.
+    dy = A * dz + B * y + C with the rows of coeffs. ``weight`` defaults to 1. ValueError for no rows.
+    """
+    kinds, count, channels = tiles.shape
+    if rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    if not 0 < row < kinds:
+        raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
+    require_rows(stats, 4, channels, tiles, "stats")
+    require_device(tiles.device, weight=weight)
+    if weight is not None:
+        require_shape(weight, (channels,), "weight")
+    dgamma, dbeta = (torch.empty(channels, dtype=tiles.dtype, device=tiles.device) for _ in range(2))
+    coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
+    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
+    launch(
+        bn_grad_finalize_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(2 * count * channels * tiles.element_size(), stats, weight, dgamma, dbeta, coeffs),
+        flops=0,
+        config=config,
+        device=tiles.device,
+        tiles_ptr=tiles,
+        stats_ptr=stats,
+        weight_ptr=weight,
+        dgamma_ptr=dgamma,
+        dbeta_ptr=dbeta,
+        coeffs_ptr=coeffs,
+        rows=rows,
+        channels=channels,
+        tiles=count,
+        plane=count * channels,
+        ROW=row,
+        ACC=_acc(tiles.dtype),
+        HAS_WEIGHT=weight is not None,
+        BLOCK_T=config.block_m,
+        BLOCK_C=config.block_c,
+    )
+    return dgamma, dbeta, coeffs
+
+
+def bn_grad_apply(dz: torch.Tensor, y: torch.Tensor | None, coeffs: torch.Tensor, config: PassConfig) -> torch.Tensor:
+    """dy = A * dz + B * y + C with the rows of ``coeffs`` [3, C]; A * dz without ``y`` (frozen statistics).
+
+    ``dz`` and ``y`` [N, C, H, W], NHWC memory, one dtype, which is the result's.
+    """
+    require_nhwc(dz, "dz")
+    channels = dz.shape[1]
+    rows = dz.numel() // channels
+    if y is not None:
+        require_image(y, dz.shape, dz, "y")
+    require_rows(coeffs, 3, channels, dz, "coeffs")
+    dy = torch.empty_like(dz, memory_format=torch.channels_last)
+    launch(
+        bn_grad_apply_kernel,
+        (ceil_div(rows, config.block_m) * ceil_div(channels, config.block_c),),
+        touched=(dz, y, coeffs, dy),
+        flops=0,
+        config=config,
+        device=dz.device,
+        dz_ptr=dz,
+        y_ptr=y,
+        coeffs_ptr=coeffs,
+        dy_ptr=dy,
+        rows=rows,
+        channels=channels,
+        rows_per_tile=config.block_m,
+        HAS_Y=y is not None,
+        BLOCK_M=step_rows(config, dz.element_size(), vectors=4 if y is None else 2),
+        BLOCK_C=config.block_c,
+    )
+    return dy

@@ -1,0 +1,152 @@
+"""Batch statistics: the pass over a convolution's output, the merge of tiles, and frozen statistics."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_stats_kernel
+from ..plan.config import PassConfig
+from ..plan.passes import ceil_div, merge_config, step_rows
+from .check import DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
+from .record import launch
+from .tiles import StatTiles
+
+FROZEN_CONFIG = PassConfig(block_m=1, block_c=128)
+
+
+def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
+    """Tiles (mean, M2) of ``y`` [N, C, H, W], NHWC memory, one per ``config.block_m`` rows."""
+    require_nhwc(y, "y")
+    channels = y.shape[1]
+    rows = y.numel() // channels
+    tiles = ceil_div(rows, config.block_m)
+    acc = accumulation_dtype(y.dtype)
+    data = torch.empty((2, tiles, channels), dtype=acc, device=y.device)
+    launch(
+        bn_stats_kernel,
+        (tiles * ceil_div(channels, config.block_c),),
+        touched=(y, data),
+        flops=0,
+        config=config,
+        device=y.device,
+        y_ptr=y,
+        tiles_ptr=data,
+        rows=rows,
+        channels=channels,
+        rows_per_tile=config.block_m,
+        plane=tiles * channels,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        BLOCK_M=step_rows(config, y.element_size(), vectors=4),
+        BLOCK_C=config.block_c,
+    )
+    return StatTiles(data, config.block_m, rows)
+
+
+def bn_finalize(
+    tiles: StatTiles,
+    *,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    counter: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Merges ``tiles`` into stats [4, C]: mean, rstd, scale, shift, of the tiles' dtype; nothing waits for the host.
+
+    ``weight`` and ``bias`` [C] default to 1 and 0. The running statistics [C] are updated in place, with the unbiased
+    variance; with ``counter`` (int64, already counting this batch) the momentum is 1 / counter. ValueError for no rows.
+    """
+    data = tiles.data
+    _, count, channels = data.shape
+    if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
+        raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
+    if counter is not None and counter.dtype != torch.int64:
+        raise ValueError(f"counter must be int64, got {counter.dtype}")
+    require_device(data.device, counter=counter)
+    _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
+    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
+    running = [t for t in (running_mean, running_var) if t is not None]
+    launch(
+        bn_finalize_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(data, stats, weight, bias, counter, *running, *running),
+        flops=0,
+        config=config,
+        device=data.device,
+        tiles_ptr=data,
+        stats_ptr=stats,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        counter_ptr=counter,
+        rows=tiles.rows,
+        channels=channels,
+        rows_per_tile=tiles.rows_per_tile,
+        tiles=count,
+        plane=count * channels,
+        eps=float(eps),
+        momentum=float(momentum),
+        ACC=tl.float64 if data.dtype == torch.float64 else tl.float32,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RUNNING_MEAN=running_mean is not None,
+        HAS_RUNNING_VAR=running_var is not None,
+        HAS_COUNTER=counter is not None,
+        BLOCK_T=config.block_m,
+        BLOCK_C=config.block_c,
+    )
+    return stats
+
+
+def bn_frozen(
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """stats [4, C] of frozen statistics, in float32, or in float64 for activations of that ``dtype``."""
+    acc = accumulation_dtype(dtype)
+    channels = running_mean.numel()
+    stats = torch.empty((4, channels), dtype=acc, device=running_mean.device)
+    _require_channels(stats, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    launch(
+        bn_frozen_kernel,
+        (ceil_div(channels, FROZEN_CONFIG.block_c),),
+        touched=(stats, weight, bias, running_mean, running_var),
+        flops=0,
+        config=FROZEN_CONFIG,
+        device=stats.device,
+        stats_ptr=stats,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        channels=channels,
+        eps=float(eps),
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_C=FROZEN_CONFIG.block_c,
+    )
+    return stats
+
+
+def _require_channels(like: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """ValueError unless each vector that is given has one float per channel of ``like``, adjacent, on its device."""
+    require_device(like.device, **vectors)
+    for name, t in vectors.items():
+        if t is None:
+            continue
+        require_shape(t, like.shape[-1:], name)
+        if t.dtype not in DTYPES.values():
+            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {t.dtype}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")

@@ -1,0 +1,61 @@
+"""Tiles of the bandwidth-bound passes, as functions of the size alone: the same on every rank and in every run.
+
+A program takes ``block_m`` rows by ``block_c`` channels, a step of a few rows at a time (:func:`step_rows`), in 16-byte
+loads. ``interpreter`` asks for few, large programs: their number is what time depends on there.
+"""
+
+from __future__ import annotations
+
+from .config import PassConfig
+
+VECTOR_BYTES = 16
+WARP = 32
+INTERPRETER_WARPS = 128  # sizes the steps there, nothing else
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def step_rows(config: PassConfig, itemsize: int, vectors: int) -> int:
+    """Rows of one step: what lets every thread load ``vectors`` vectors of a tensor at once. A power of two."""
+    elements = config.num_warps * WARP * vectors * max(VECTOR_BYTES // itemsize, 1)
+    return max(1, min(elements // config.block_c, next_power_of_2(config.block_m)))
+
+
+def pass_config(
+    rows: int, channels: int, itemsize: int, sm_count: int = 132, *, interpreter: bool = False
+) -> PassConfig:
+    """An elementwise pass: enough programs for several waves, each long enough to reuse its per-channel rows."""
+    return _config(rows, channels, itemsize, 32 * sm_count, block_c=256, max_steps=8, interpreter=interpreter)
+
+
+def reduce_config(
+    rows: int, channels: int, itemsize: int, sm_count: int = 132, *, interpreter: bool = False
+) -> PassConfig:
+    """A pass that reduces over rows: few tiles (about 8 programs per SM, in all channel blocks together)."""
+    return _config(rows, channels, itemsize, 8 * sm_count, block_c=64, max_steps=64, interpreter=interpreter)
+
+
+def _config(
+    rows: int, channels: int, itemsize: int, programs: int, *, block_c: int, max_steps: int, interpreter: bool
+) -> PassConfig:
+    if interpreter:
+        block_c = min(next_power_of_2(channels), 512)
+        return PassConfig(block_m=max(1 << 20 // block_c, 1), block_c=block_c, num_warps=INTERPRETER_WARPS)
+    block_c = min(next_power_of_2(channels), block_c)
+    step = step_rows(PassConfig(rows, block_c), itemsize, vectors=2)
+    tiles = max(programs // ceil_div(channels, block_c), 1)
+    steps = min(max(ceil_div(rows, step * tiles), 1), max_steps)
+    return PassConfig(block_m=step * steps, block_c=block_c)
+
+
+def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
+    """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
+    block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
+    block_t = min(next_power_of_2(tiles), 1024)
+    return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (8 * WARP), 16)))
