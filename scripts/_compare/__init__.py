@@ -1,0 +1,1 @@
+"""The parts of scripts/compare: options, the job, the table, the picture."""

@@ -1,0 +1,101 @@
+"""What a comparison has found so far, and how its agreement is judged. Plain data: a Ctrl-C leaves what there is."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Relative error of a loss that rounding alone explains over the compared steps, where eager's own error happens to be
+# smaller: some units in the last place of the dtype that the feature maps are stored in, and never more than 2 %.
+FLOORS = {"float32": 1e-5, "tf32": 5e-3, "float16": 1e-2, "bfloat16": 2e-2}
+TIMES_EAGER = 4.0  # a single loss is a lucky draw; NUMERICS' tighter rule is for whole tensors
+
+
+@dataclass
+class Candidate:
+    """One way to run the model: ``losses`` one per step, ``times_ms`` one per timed step."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[tuple[int, float]] = field(default_factory=list)  # (steps trained, share of held-out images)
+    accuracy_note: str = ""
+    times_ms: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    kernels: int | None = None  # Triton kernels launched in one step
+    vendor_convs: int | None = None
+    note: str = ""
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.accuracies[-1][1] if self.accuracies else None
+
+    def step_ms(self) -> tuple[float, float, float] | None:
+        """Median, tenth and ninetieth percentile."""
+        if len(self.times_ms) < 2:
+            return None
+        deciles = statistics.quantiles(self.times_ms, n=10, method="inclusive")
+        return statistics.median(self.times_ms), deciles[0], deciles[-1]
+
+
+@dataclass
+class Cost:
+    """A training step as ``explain`` counts it for a target, nothing of it measured."""
+
+    title: str
+    route: str
+    flops: float
+    bytes: float
+    saved_bytes: float
+    launches: int
+    floor_us: float
+
+
+@dataclass
+class Result:
+    """The whole comparison. ``truth`` holds the losses of the same steps in higher precision (``truth_name``)."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    batch_size: int = 0
+    steps: int = 0
+    floor: str = "float32"
+    truth_name: str = "float64"
+    truth: list[float] = field(default_factory=list)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    projection: list[Cost] = field(default_factory=list)
+    measured: bool = False
+    interrupted: bool = False
+    failures: list[str] = field(default_factory=list)
+
+    def error(self, name: str) -> float | None:
+        """Largest relative distance of the compared losses from the higher precision's; None while there are none."""
+        candidate = self.candidates.get(name)
+        steps = min(self.steps, len(self.truth), len(candidate.losses) if candidate else 0)
+        if candidate is None or not steps:
+            return None
+        pairs = zip(candidate.losses[:steps], self.truth[:steps])
+        # Written so that a NaN counts as disagreement.
+        worst = 0.0
+        for loss, true in pairs:
+            distance = abs(loss - true) / max(abs(true), 1e-3)
+            if not distance <= worst:
+                worst = distance
+        return worst
+
+    def tolerance(self) -> float:
+        return max(FLOORS[self.floor], TIMES_EAGER * (self.error("eager") or 0.0))
+
+    def agrees(self, name: str) -> bool | None:
+        error = self.error(name)
+        return None if error is None else error <= self.tolerance()
+
+    def speed_up(self, name: str) -> float | None:
+        eager, other = self.candidates.get("eager"), self.candidates.get(name)
+        times = eager and eager.step_ms(), other and other.step_ms()
+        return times[0][0] / times[1][0] if times[0] and times[1] else None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["errors"] = {name: self.error(name) for name in self.candidates}
+        found["tolerance"] = self.tolerance()
+        return found
