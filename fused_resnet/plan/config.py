@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .problem import ConvProblem
+from .target import Target
+
 
 @dataclass(frozen=True)
 class GemmConfig:
@@ -33,3 +36,26 @@ class PassConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+MOST_TAPS = 63
+"""The taps of a filter whose validity fits the bits of one integer per row."""
+
+
+def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> tuple[bool, str]:
+    """Whether our ``kind`` ("fprop", "dgrad" or "wgrad") of ``problem`` runs on ``target`` with ``config``, and why not."""
+    if problem.groups != 1:
+        return False, f"a grouped convolution ({problem.groups} groups)"
+    if problem.taps > MOST_TAPS and kind != "wgrad":
+        return False, f"a filter of {problem.R}x{problem.S} taps; the kernels take up to {MOST_TAPS}"
+    if problem.Ci < 16 and problem.taps > 1 and not target.interpreter:
+        return False, f"{problem.Ci} input channels would leave most of a 16-wide tensor instruction empty"
+    if problem.dtype == "float64" and not target.interpreter:
+        return False, "float64 runs in the interpreter only"
+    if min(config.block_m, config.block_n, config.block_k) < 16:
+        return False, f"a tile narrower than 16: {config}"
+    itemsize = 4 if problem.dtype == "float32" else 2
+    operands = itemsize * config.num_stages * config.block_k * (config.block_m + config.block_n)
+    if not target.interpreter and operands > target.shared_memory:
+        return False, f"{operands} bytes of shared memory, of {target.shared_memory}"
+    return True, "supported"

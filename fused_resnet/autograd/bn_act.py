@@ -1,0 +1,159 @@
+"""The operator behind BNAddReLU: out = relu(bn(y) + residual), and its two-pass backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..launch import bn_act as launch_act
+from ..launch import bn_act_grad, bn_stats
+from ..plan.passes import pass_config, reduce_config
+from .library import define, refuse_second_derivative
+
+Tensor = torch.Tensor
+
+
+def _size(t: Tensor) -> tuple[int, int, int]:
+    n, c, h, w = t.shape
+    return n * h * w, c, t.element_size()
+
+
+def _stats_dtype(y: Tensor) -> torch.dtype:
+    return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    y: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    sm_count: int,
+    interpreter: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, channels, itemsize = _size(y)
+    if batch_statistics:
+        tiles = bn_stats.bn_stats(y, reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter))
+        stats = bn_stats.bn_finalize(
+            tiles,
+            weight=gamma,
+            bias=beta,
+            running_mean=running_mean,
+            running_var=running_var,
+            momentum=momentum,
+            eps=eps,
+            counter=counter,
+        )
+    else:
+        stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(y))
+    config = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
+    return launch_act.bn_act(y, stats, config, residual=residual, relu=relu), stats
+
+
+def _forward_fake(y: Tensor, residual: Tensor | None, *_rest: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(y, memory_format=torch.channels_last)
+    return out, torch.empty((4, y.shape[1]), dtype=_stats_dtype(y), device=y.device)
+
+
+def _backward(
+    dout: Tensor,
+    y: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    batch_statistics: bool,
+    relu: bool,
+    sm_count: int,
+    interpreter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, channels, itemsize = _size(y)
+    reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
+    dz, tiles = bn_act_grad.bn_act_grad_reduce(dout, y, stats, reducing, out=out, relu=relu)
+    assert dz is not None
+    dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
+    applying = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
+    dy = bn_act_grad.bn_grad_apply(dz, y if batch_statistics else None, coeffs, applying)
+    # An operator's output must not be its input: without a ReLU dz is dout itself.
+    dresidual = dz if relu else dz.clone(memory_format=torch.preserve_format)
+    empty = y.new_empty(0)
+    return (
+        dy,
+        dresidual,
+        empty if gamma is None else dgamma.to(gamma.dtype),
+        empty.clone() if beta is None else dbeta.to(beta.dtype),
+    )
+
+
+def _backward_fake(
+    dout: Tensor,
+    y: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *_rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (gamma, beta)]
+    images = [torch.empty_like(y, memory_format=torch.channels_last) for _ in range(2)]
+    return images[0], images[1], parameters[0], parameters[1]
+
+
+bn_act_forward = define(
+    "bn_act_forward(Tensor y, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? counter, bool batch_statistics, float momentum, float eps, bool relu, "
+    "int sm_count, bool interpreter) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+bn_act_backward = define(
+    "bn_act_backward(Tensor dout, Tensor y, Tensor? out, Tensor stats, Tensor? gamma, Tensor? beta, "
+    "bool batch_statistics, bool relu, int sm_count, bool interpreter) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _BNAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: tuple[bool, float, float, bool, int, bool],
+        y: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+    ) -> Tensor:
+        out, stats = bn_act_forward(y, residual, gamma, beta, running_mean, running_var, counter, *settings)
+        ctx.settings = settings
+        # Without a residual the mask follows from y.
+        keeps_out = settings[3] and residual is not None
+        ctx.save_for_backward(y, out if keeps_out else None, stats, gamma, beta)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, out, stats, gamma, beta = ctx.saved_tensors
+        batch_statistics, _, _, relu, sm_count, interpreter = ctx.settings
+        dout = dout.contiguous(memory_format=torch.channels_last)
+        grads = refuse_second_derivative(
+            bn_act_backward, dout, y, out, stats, gamma, beta, batch_statistics, relu, sm_count, interpreter
+        )
+        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:5], strict=True)]
+        return None, *wanted, None, None, None
+
+
+def bn_act(settings: tuple[bool, float, float, bool, int, bool], *tensors: Tensor | None) -> Tensor:
+    """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter. ``tensors``: y, residual, gamma, beta,
+    running_mean, running_var, counter; the first two channels_last."""
+    return _BNAct.apply(settings, *tensors)  # type: ignore[no-any-return]

@@ -1,0 +1,252 @@
+"""The operator behind ConvBNReLU, BasicBlock and Bottleneck: conv -> BN -> ReLU up to three times, and a residual.
+
+Two ``torch.library`` operators that a compiler sees as opaque calls, with fakes of exact shapes and strides, and an
+``autograd.Function`` over them. An operator's outputs are a fixed tuple: what a plan does not produce is an empty tensor.
+The plan travels as a string, so that backward runs what forward decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..plan.plans import ChainProblem, decode
+from ..plan.problem import ConvProblem
+from . import staged_backward, staged_forward
+from .library import define, refuse_second_derivative
+from .staged_backward import LayerGrad, Needs
+from .staged_forward import Layer, Saved
+
+Tensor = torch.Tensor
+
+SLOTS = 4
+"""Three convolutions, and the projection's."""
+FIELDS = ("weight", "gamma", "beta", "running_mean", "running_var", "counter")
+
+
+def _slot_schema(i: int) -> str:
+    mean, var = "abcdefgh"[2 * i], "abcdefgh"[2 * i + 1]
+    return (
+        f"Tensor? weight{i}, Tensor? gamma{i}, Tensor? beta{i}, "
+        f"Tensor({mean}!)? running_mean{i}, Tensor({var}!)? running_var{i}, Tensor? counter{i}"
+    )
+
+
+FORWARD_SCHEMA = (
+    "chain_forward(str plan, float[] momenta, float[] epsilons, Tensor x, Tensor? residual, "
+    + ", ".join(_slot_schema(i) for i in range(SLOTS))
+    + ") -> ("
+    + ", ".join(["Tensor"] * (1 + 2 * SLOTS))
+    + ")"
+)
+BACKWARD_SCHEMA = (
+    "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor? out, Tensor?[] weights, Tensor?[] gammas, "
+    "Tensor?[] betas, Tensor[] ys, Tensor[] stats) -> (" + ", ".join(["Tensor"] * (2 + 3 * SLOTS)) + ")"
+)
+
+
+def _image(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _slots(problem: ChainProblem) -> list[int]:
+    """The slot of each layer: the convolutions from the front, the projection's last."""
+    return [*range(len(problem.convs)), *([SLOTS - 1] if problem.projection else [])]
+
+
+def _convs(problem: ChainProblem) -> list[ConvProblem]:
+    return [*problem.convs, *([problem.projection] if problem.projection else [])]
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _or_none(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+# ---------------------------------------------------------------- forward
+
+
+def _chain_forward(
+    plan: str,
+    momenta: Sequence[float],
+    epsilons: Sequence[float],
+    x: Tensor,
+    residual: Tensor | None,
+    *tensors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    decoded = decode(plan)
+    assert decoded.problem is not None
+    slots = _slots(decoded.problem)
+    layers = [
+        Layer(*tensors[len(FIELDS) * slot : len(FIELDS) * (slot + 1)], momentum, eps)  # type: ignore[arg-type]
+        for slot, momentum, eps in zip(slots, momenta, epsilons, strict=True)
+    ]
+    saved = staged_forward.forward(decoded, x, residual, layers)
+    ys = [_none(x) for _ in range(SLOTS)]
+    stats = [_none(x) for _ in range(SLOTS)]
+    if decoded.problem.backward:
+        for slot, y, s in zip(slots, saved.ys, saved.stats, strict=True):
+            ys[slot], stats[slot] = _none(x) if y is None else y, s
+    return saved.out, *ys, *stats
+
+
+def _chain_forward_fake(
+    plan: str,
+    momenta: Sequence[float],
+    epsilons: Sequence[float],
+    x: Tensor,
+    residual: Tensor | None,
+    *tensors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    problem = decode(plan).problem
+    assert problem is not None
+    last = problem.convs[-1]
+    n = x.shape[0]
+    ys = [_none(x) for _ in range(SLOTS)]
+    stats = [_none(x) for _ in range(SLOTS)]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if problem.backward:
+        for slot, conv in zip(_slots(problem), _convs(problem), strict=True):
+            stats[slot] = torch.empty((4, conv.Co), dtype=dtype, device=x.device)
+            if problem.batch_statistics or slot < len(problem.convs) - 1:
+                ys[slot] = _image(x, n, conv.Co, conv.P, conv.Q)
+    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats
+
+
+# ---------------------------------------------------------------- backward
+
+
+def _chain_backward(
+    plan: str,
+    needs: Sequence[bool],
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    weights: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    stats: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    decoded = decode(plan)
+    assert decoded.problem is not None
+    slots = _slots(decoded.problem)
+    layers = [Layer(weights[i], gammas[i], betas[i], None, None, None, 0.0, 0.0) for i in slots]  # type: ignore[arg-type]
+    saved = Saved(dout if out is None else out, [_or_none(ys[i]) for i in slots], [stats[i] for i in slots])
+    wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
+    dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
+    none = _none(x)
+    by_slot = [LayerGrad()] * SLOTS
+    for slot, grad in zip(slots, grads, strict=True):
+        by_slot[slot] = grad
+    flat = [t for i, grad in enumerate(by_slot) for t in (grad.weight, *_bn_grads(grad, gammas[i], betas[i]))]
+    # An operator's output must not be its input: without a ReLU the residual's gradient would be dout itself.
+    if dresidual is not None and dresidual.data_ptr() == dout.data_ptr():
+        dresidual = dresidual.clone(memory_format=torch.preserve_format)
+    return tuple(none.clone() if t is None else t for t in (dx, dresidual, *flat))
+
+
+def _bn_grads(grad: LayerGrad, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that have a parameter, in its dtype."""
+    pairs = ((grad.gamma, gamma), (grad.beta, beta))
+    dgamma, dbeta = (None if g is None or parameter is None else g.to(parameter.dtype) for g, parameter in pairs)
+    return dgamma, dbeta
+
+
+def _chain_backward_fake(
+    plan: str,
+    needs: Sequence[bool],
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    weights: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    stats: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    result = [
+        torch.empty_like(x, memory_format=torch.channels_last) if needs[0] else _none(x),
+        torch.empty_like(dout, memory_format=torch.channels_last) if needs[1] else _none(x),
+    ]
+    for i in range(SLOTS):
+        weight, gamma, beta = weights[i], gammas[i], betas[i]
+        if weight is not None and needs[2 + 2 * i]:
+            result.append(torch.empty_like(weight, memory_format=torch.channels_last))
+        else:
+            result.append(_none(x))
+        for parameter in (gamma, beta):
+            wanted = parameter is not None and needs[3 + 2 * i]
+            result.append(torch.empty_like(parameter) if wanted else _none(x))  # type: ignore[arg-type]
+    return tuple(result)
+
+
+chain_forward = define(FORWARD_SCHEMA, _chain_forward, _chain_forward_fake)
+chain_backward = define(BACKWARD_SCHEMA, _chain_backward, _chain_backward_fake)
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: str,
+        momenta: tuple[float, ...],
+        epsilons: tuple[float, ...],
+        keeps_out: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        out, *rest = chain_forward(plan, momenta, epsilons, x, residual, *tensors)
+        ctx.plan = plan
+        parameters = [tensors[len(FIELDS) * i + field] for field in range(3) for i in range(SLOTS)]
+        ctx.save_for_backward(x, out if keeps_out else None, *parameters, *rest)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, out, *rest = ctx.saved_tensors
+        weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
+        wants = ctx.needs_input_grad
+        needs = [wants[4], wants[5]]
+        for i in range(SLOTS):
+            first = 6 + len(FIELDS) * i
+            needs += [wants[first], wants[first + 1] or wants[first + 2]]
+        dout = dout.contiguous(memory_format=torch.channels_last)
+        dx, dresidual, *flat = refuse_second_derivative(
+            chain_backward, ctx.plan, needs, dout, x, out, weights, gammas, betas, ys, stats
+        )
+        result: list[Tensor | None] = [
+            None,
+            None,
+            None,
+            None,
+            dx if wants[4] else None,
+            dresidual if wants[5] else None,
+        ]
+        for i in range(SLOTS):
+            first = 6 + len(FIELDS) * i
+            result += [flat[3 * i + j] if wants[first + j] else None for j in range(3)]
+            result += [None, None, None]
+        return tuple(result)
+
+
+def conv_chain(
+    plan: str,
+    momenta: tuple[float, ...],
+    epsilons: tuple[float, ...],
+    keeps_out: bool,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Sequence[Tensor | None],
+) -> Tensor:
+    """Runs an encoded plan. ``x`` and ``residual`` are channels_last; ``tensors`` are the FIELDS of each of the SLOTS.
+
+    ``keeps_out`` says whether backward reads the output (its mask).
+    """
+    return _Chain.apply(plan, momenta, epsilons, keeps_out, x, residual, *tensors)  # type: ignore[no-any-return]

@@ -1,0 +1,185 @@
+"""The staged route, forward: a chain of conv -> BN -> ReLU as plain functions of tensors.
+
+Batch statistics: every conv writes its raw output y and the tiles of its statistics; the next 1x1 conv normalises y on
+load, an RxS conv after one pass. The last layer's BN, residual and ReLU are one pass. Frozen statistics: BN, residual
+and ReLU are the conv's epilogue, and the activation is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..launch import bn_act, bn_act_grad, bn_stats, vendor
+from ..launch.conv_fprop import conv_fprop
+from ..launch.record import note
+from ..launch.tiles import StatTiles
+from ..plan.passes import pass_config, reduce_config
+from ..plan.plans import ConvPlan, Plan
+
+Tensor = torch.Tensor
+
+
+class Layer(NamedTuple):
+    """The tensors of one convolution and its BN, and what is read at call time."""
+
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor | None
+    momentum: float
+    eps: float
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward.
+
+    ``ys`` are the convs' raw outputs, or with frozen statistics their activations (the last one's is ``out``, and its
+    place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both.
+    """
+
+    out: Tensor
+    ys: list[Tensor | None]
+    stats: list[Tensor]
+
+
+class Passes:
+    """The bandwidth-bound kernels with the configurations that the plan's target wants."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.problem is not None
+        self.plan = plan
+        self.batch = plan.problem.batch_statistics
+
+    def _config(self, pick, t: Tensor):  # type: ignore[no-untyped-def]
+        n, c, h, w = t.shape
+        return pick(n * h * w, c, t.element_size(), self.plan.sm_count, interpreter=self.plan.interpreter)
+
+    def stats(self, y: Tensor) -> StatTiles:
+        return bn_stats.bn_stats(y, self._config(reduce_config, y))
+
+    def act(
+        self,
+        y: Tensor,
+        stats: Tensor,
+        residual: Tensor | None = None,
+        residual_stats: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:
+        config = self._config(pass_config, y)
+        return bn_act.bn_act(y, stats, config, residual=residual, residual_stats=residual_stats, relu=relu)
+
+    def grad_reduce(self, dout: Tensor, y: Tensor | None, stats: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        config = self._config(reduce_config, dout)
+        return bn_act_grad.bn_act_grad_reduce(dout, y, stats, config, **options)  # type: ignore[arg-type, return-value]
+
+    def grad_apply(self, dz: Tensor, y: Tensor | None, coeffs: Tensor) -> Tensor:
+        return bn_act_grad.bn_grad_apply(dz, y, coeffs, self._config(pass_config, dz))
+
+
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the kernels read it: the activations' dtype, [Co, R, S, Ci] in memory."""
+    converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
+    if converted is not weight:
+        note("cast_weight", 0, (weight, converted), {})
+    return converted
+
+
+def finalize(layer: Layer, tiles: StatTiles) -> Tensor:
+    return bn_stats.bn_finalize(
+        tiles,
+        weight=layer.gamma,
+        bias=layer.beta,
+        running_mean=layer.running_mean,
+        running_var=layer.running_var,
+        momentum=layer.momentum,
+        eps=layer.eps,
+        counter=layer.counter,
+    )
+
+
+def conv_only(conv: ConvPlan, weight: Tensor, x: Tensor) -> Tensor:
+    """y = conv(x), without statistics."""
+    if conv.fprop.config is None:
+        return vendor.conv_fprop(x, weight, conv.problem)
+    return conv_fprop(x, weight, conv.problem, conv.fprop.config)[0]
+
+
+def conv_raw(
+    passes: Passes, conv: ConvPlan, weight: Tensor, x: Tensor, input_stats: Tensor | None
+) -> tuple[Tensor, StatTiles]:
+    """y = conv(relu(bn(x))), or conv(x) without ``input_stats``, and the tiles of y's statistics."""
+    on_load = conv.fprop.fused and conv.problem.is_pointwise
+    if input_stats is not None and not on_load:
+        x, input_stats = passes.act(x, input_stats), None
+    if conv.fprop.config is None:
+        y = vendor.conv_fprop(x, weight, conv.problem)
+        return y, passes.stats(y)
+    input_affine = None if input_stats is None else input_stats[2:]
+    y, tiles = conv_fprop(x, weight, conv.problem, conv.fprop.config, input_affine=input_affine, stats=True)
+    assert tiles is not None
+    return y, tiles
+
+
+def forward(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
+    """``layers``: one per conv of the plan, then the projection's if there is one."""
+    assert plan.problem is not None
+    run = _forward_batch if plan.problem.batch_statistics else _forward_frozen
+    return run(plan, x, residual, layers)
+
+
+def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
+    assert plan.problem is not None
+    passes = Passes(plan)
+    ys: list[Tensor | None] = []
+    stats: list[Tensor] = []
+    y, pending = x, None
+    for conv, layer in zip(plan.convs, layers, strict=False):
+        y, tiles = conv_raw(passes, conv, operand(layer.weight, x.dtype), y, pending)
+        pending = finalize(layer, tiles)
+        ys.append(y)
+        stats.append(pending)
+    assert pending is not None
+    residual_stats = None
+    if plan.projection is not None:
+        residual, tiles = conv_raw(passes, plan.projection, operand(layers[-1].weight, x.dtype), x, None)
+        residual_stats = finalize(layers[-1], tiles)
+        ys.append(residual)
+        stats.append(residual_stats)
+    elif plan.problem.residual == "identity":
+        residual = x
+    out = passes.act(y, pending, residual, residual_stats, plan.problem.relu)
+    return Saved(out, ys, stats)
+
+
+def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
+    assert plan.problem is not None
+    passes = Passes(plan)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = [
+        bn_stats.bn_frozen(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps, dtype=dtype)
+        for layer in layers
+    ]
+
+    def conv_act(conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool) -> Tensor:
+        weight = operand(layer.weight, x.dtype)
+        if conv.fprop.config is None:
+            return passes.act(vendor.conv_fprop(a, weight, conv.problem), s, r, None, relu)
+        return conv_fprop(a, weight, conv.problem, conv.fprop.config, output_affine=s[2:], residual=r, relu=relu)[0]
+
+    if plan.projection is not None:
+        residual = conv_act(plan.projection, layers[-1], x, stats[-1], None, False)
+    elif plan.problem.residual == "identity":
+        residual = x
+    a, last = x, len(plan.convs) - 1
+    ys: list[Tensor | None] = []
+    for i, conv in enumerate(plan.convs):
+        a = conv_act(conv, layers[i], a, stats[i], residual if i == last else None, i < last or plan.problem.relu)
+        ys.append(a if i < last else None)
+    if plan.projection is not None:
+        ys.append(None)
+    return Saved(a, ys, stats)

@@ -1,0 +1,176 @@
+"""The operator behind Stem: conv, then BN + ReLU + 3x3/2 max pooling in one pass; two passes backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..launch import bn_act_grad, bn_stats, stem_pool, vendor
+from ..plan.passes import pass_config, reduce_config
+from ..plan.plans import Plan, decode
+from .library import define, refuse_second_derivative
+from .staged_backward import Formed, input_grad, wgrad
+from .staged_forward import Layer, Passes, conv_only, conv_raw, finalize, operand
+
+Tensor = torch.Tensor
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _images(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty y, out and index."""
+    conv = plan.convs[0].problem
+    pooled = (x.shape[0], conv.Co, (conv.P - 1) // 2 + 1, (conv.Q - 1) // 2 + 1)
+    shapes = (((x.shape[0], conv.Co, conv.P, conv.Q), x.dtype), (pooled, x.dtype), (pooled, torch.uint8))
+    y, out, index = (
+        torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last) for shape, dtype in shapes
+    )
+    return y, out, index
+
+
+def _forward(
+    plan: str,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    decoded = decode(plan)
+    assert decoded.problem is not None
+    passes, conv = Passes(decoded), decoded.convs[0]
+    w = operand(weight, x.dtype)
+    layer = Layer(weight, gamma, beta, running_mean, running_var, counter, momentum, eps)
+    if decoded.problem.batch_statistics:
+        y, tiles = conv_raw(passes, conv, w, x, None)
+        stats = finalize(layer, tiles)
+    else:
+        y = conv_only(conv, w, x)
+        stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(x))
+    rows = y.shape[0] * y.shape[2] * y.shape[3]
+    config = pass_config(rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
+    out, index = stem_pool.stem_pool(y, stats, config)
+    return out, y, index, stats
+
+
+def _forward_fake(plan: str, x: Tensor, weight: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, out, index = _images(decode(plan), x)
+    return out, y, index, torch.empty((4, weight.shape[0]), dtype=_stats_dtype(x), device=x.device)
+
+
+def _backward(
+    plan: str,
+    needs_x: bool,
+    needs_weight: bool,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    y: Tensor,
+    out: Tensor,
+    index: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    decoded = decode(plan)
+    assert decoded.problem is not None
+    conv = decoded.convs[0]
+    rows = conv.problem.M
+    reducing = reduce_config(rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
+    tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, reducing)
+    dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
+    empty = x.new_empty(0)
+    dx, dw = empty, empty.clone()
+    if needs_x or needs_weight:
+        if not decoded.problem.batch_statistics:
+            coeffs = torch.cat([stats[2:3], torch.zeros_like(stats[:2])])
+        applying = pass_config(rows, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
+        dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, applying)
+        if needs_weight:
+            dw = wgrad(Passes(decoded), conv, weight, x, None, Formed(dy), weight.dtype)
+        if needs_x:
+            dx = input_grad(conv, operand(weight, x.dtype), x, Formed(dy), None, (1, 1))
+    return (
+        dx,
+        dw,
+        empty.clone() if gamma is None else dgamma.to(gamma.dtype),
+        empty.clone() if beta is None else dbeta.to(beta.dtype),
+    )
+
+
+def _backward_fake(
+    plan: str,
+    needs_x: bool,
+    needs_weight: bool,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *_rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = x.new_empty(0)
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last) if needs_x else empty,
+        torch.empty_like(weight, memory_format=torch.channels_last) if needs_weight else empty.clone(),
+        empty.clone() if gamma is None else torch.empty_like(gamma),
+        empty.clone() if beta is None else torch.empty_like(beta),
+    )
+
+
+stem_forward = define(
+    "stem_forward(str plan, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? counter, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+stem_backward = define(
+    "stem_backward(str plan, bool needs_x, bool needs_weight, Tensor dout, Tensor x, Tensor weight, Tensor? gamma, "
+    "Tensor? beta, Tensor y, Tensor out, Tensor index, Tensor stats) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: str,
+        momentum: float,
+        eps: float,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+    ) -> Tensor:
+        out, y, index, stats = stem_forward(
+            plan, x, weight, gamma, beta, running_mean, running_var, counter, momentum, eps
+        )
+        ctx.plan = plan
+        ctx.save_for_backward(x, weight, gamma, beta, y, out, index, stats)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wants = ctx.needs_input_grad[3:7]
+        dout = dout.contiguous(memory_format=torch.channels_last)
+        grads = refuse_second_derivative(stem_backward, ctx.plan, wants[0], wants[1], dout, *ctx.saved_tensors)
+        wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
+        return None, None, None, *wanted, None, None, None
+
+
+def stem(plan: str, momentum: float, eps: float, *tensors: Tensor | None) -> Tensor:
+    """Runs an encoded one-convolution plan. ``tensors``: x (channels_last), weight, gamma, beta, running_mean, running_var,
+    counter."""
+    return _Stem.apply(plan, momentum, eps, *tensors)  # type: ignore[no-any-return]

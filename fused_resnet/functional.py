@@ -1,0 +1,438 @@
+"""The typed public operations: conv + BatchNorm + ReLU (+ residual), alone and as whole residual blocks.
+
+Activations are [N, C, H, W] in float16, bfloat16 or float32 (float64 in Triton's interpreter); convolution weights are
+[Co, Ci / groups, R, S] in the same dtype, or float32 under autocast. BatchNorm parameters and running statistics are [C].
+Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy 2015, arXiv
+1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it, and updates the
+running statistics in place in training. Bad input raises ``ValueError`` or ``TypeError`` before anything is updated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import bn_act as bn_act_op
+from .autograd import chain, stem as stem_op
+from .plan import planner
+from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
+from .reference import ops as reference
+
+Pair = tuple[int, int]
+
+
+class Conv(NamedTuple):
+    """A convolution without bias. ``weight``: [Co, Ci / groups, R, S]."""
+
+    weight: Tensor
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class BatchNorm(NamedTuple):
+    """What a BatchNorm computes with, read at call time.
+
+    ``weight`` and ``bias`` may be None (1 and 0). ``training``: normalise with the batch's own statistics; the running ones,
+    if given, are then updated, and ``num_batches_tracked``, if given, counts up. ``momentum`` None is the cumulative average.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    training: bool = True
+
+
+def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
+    """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
+    updates = module.training and module.track_running_stats
+    uses_running = not module.training or module.track_running_stats
+    return BatchNorm(
+        module.weight,
+        module.bias,
+        module.running_mean if uses_running else None,
+        module.running_var if uses_running else None,
+        module.num_batches_tracked if updates else None,
+        module.momentum,
+        module.eps,
+        module.training or (module.running_mean is None and module.running_var is None),
+    )
+
+
+def conv_of(module: nn.Conv2d) -> Conv:
+    """The record of an ``nn.Conv2d`` without bias and with zero padding."""
+    return Conv(module.weight, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- public operations
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    route: str | None = None,
+) -> Tensor:
+    """``relu(bn(conv(x)) + residual)``: [N, Ci, H, W] to [N, Co, P, Q]; ``residual`` has the output's shape."""
+    conv = Conv(weight, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return _chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
+
+
+def basic_block(
+    x: Tensor,
+    layers: Sequence[tuple[Conv, BatchNorm]],
+    projection: tuple[Conv, BatchNorm] | None = None,
+    *,
+    residual: Tensor | None = None,
+    route: str | None = None,
+) -> Tensor:
+    """Two conv-BN layers around a ReLU, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself."""
+    _check_layers(layers, 2)
+    return _chain(x, layers, projection, residual=residual, identity=True, route=route)
+
+
+def bottleneck(
+    x: Tensor,
+    layers: Sequence[tuple[Conv, BatchNorm]],
+    projection: tuple[Conv, BatchNorm] | None = None,
+    *,
+    residual: Tensor | None = None,
+    route: str | None = None,
+) -> Tensor:
+    """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself."""
+    _check_layers(layers, 3)
+    return _chain(x, layers, projection, residual=residual, identity=True, route=route)
+
+
+def bn_add_relu(
+    y: Tensor, bn: BatchNorm, residual: Tensor | None = None, *, relu: bool = True, route: str | None = None
+) -> Tensor:
+    """``relu(bn(y) + residual)``: all [N, C, H, W]."""
+    _check_image(y)
+    _check_bn(bn, y.shape[1], "bn")
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual must have shape {tuple(y.shape)}, got {tuple(residual.shape)}")
+    if bn.training:
+        _check_count(tuple(y.shape))
+    request = _request(route)
+    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), y.numel(), request.route)
+    if not _take(sm_count > 0, reason, request, "bn_add_relu"):
+        return _reference_bn_act(y, _count(bn), residual, relu)
+    counted = _count(bn)
+    channels_last = _is_channels_last(y)
+    y, residual = _nhwc(y), None if residual is None else _nhwc(residual.to(y.dtype))
+    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter)
+    out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(counted))
+    return out if channels_last else out.contiguous()
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNorm,
+    *,
+    stride: int | Pair = 2,
+    padding: int | Pair = 3,
+    route: str | None = None,
+) -> Tensor:
+    """``max_pool(relu(bn(conv(x))))`` with a 3x3 pooling of stride 2 and padding 1: [N, Ci, H, W] to [N, Co, P / 2, Q / 2]."""
+    conv = Conv(weight, _pair(stride), _pair(padding))
+    dtype = _compute_dtype(x)
+    shape = _check_layer(x.shape, dtype, x.device, conv, bn, "conv")
+    request = _request(route)
+    keep = _needs_grad(x, (conv, bn))
+    text, reason = planner.chain_plan_text(
+        x.device, _dtype_name(dtype), tuple(x.shape), (_geometry(conv),), None, "none", True, bn.training, keep, request.route
+    )
+    if not _take(bool(text), reason, request, "stem") or min(shape[2:]) < 1:
+        return torch.nn.functional.max_pool2d(_reference_layer(x, conv, _count(bn), None, True), 3, 2, 1)
+    channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    counted = _count(bn)
+    out = stem_op.stem(text, _momentum(bn), bn.eps, _nhwc(x.to(dtype)), weight, *_bn_tensors(counted))
+    return out if channels_last else out.contiguous()
+
+
+# ---------------------------------------------------------------- the chain
+
+
+def _chain(
+    x: Tensor,
+    layers: Sequence[tuple[Conv, BatchNorm]],
+    projection: tuple[Conv, BatchNorm] | None = None,
+    *,
+    residual: Tensor | None = None,
+    identity: bool = False,
+    relu: bool = True,
+    route: str | None = None,
+) -> Tensor:
+    if projection is not None and residual is not None:
+        raise ValueError("a block takes a projection or a residual, not both")
+    dtype = _compute_dtype(x)
+    _check_image(x)
+    shape = tuple(x.shape)
+    for i, (conv, bn) in enumerate(layers):
+        shape = _check_layer(shape, dtype, x.device, conv, bn, f"conv{i + 1}")
+    shortcut = tuple(x.shape)
+    if projection is not None:
+        shortcut = _check_layer(tuple(x.shape), dtype, x.device, *projection, "projection")
+    elif residual is not None:
+        shortcut = tuple(residual.shape)
+    kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
+    if kind != "none" and shortcut != shape:
+        raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
+
+    everything = [*layers, *([projection] if projection else [])]
+    training = {bn.training for _, bn in everything}
+    if len(training) > 1:
+        return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
+    request = _request(route)
+    text, reason = planner.chain_plan_text(
+        x.device,
+        _dtype_name(dtype),
+        tuple(x.shape),
+        tuple(_geometry(conv) for conv, _ in layers),
+        _geometry(projection[0]) if projection else None,
+        kind,
+        relu,
+        training.pop(),
+        _needs_grad(x, *everything) or (residual is not None and residual.requires_grad and torch.is_grad_enabled()),
+        request.route,
+    )
+    if not _take(bool(text), reason, request, "a chain of convolutions"):
+        return _reference_chain(x, layers, projection, residual, kind, relu)
+
+    channels_last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv, _ in everything)
+    counted = [(conv, _count(bn)) for conv, bn in everything]
+    slots: list[Tensor | None] = [None] * (chain.SLOTS * len(chain.FIELDS))
+    for i, (conv, bn) in enumerate(counted):
+        first = (chain.SLOTS - 1 if projection is not None and i == len(layers) else i) * len(chain.FIELDS)
+        slots[first : first + len(chain.FIELDS)] = [conv.weight, *_bn_tensors(bn)]
+    out = chain.conv_chain(
+        text,
+        tuple(_momentum(bn) for _, bn in everything),
+        tuple(bn.eps for _, bn in everything),
+        relu and (kind != "none" or not everything[0][1].training),
+        _nhwc(x.to(dtype)),
+        None if residual is None else _nhwc(residual.to(dtype)),
+        slots,
+    )
+    return out if channels_last else out.contiguous()
+
+
+def _layer_by_layer(
+    x: Tensor,
+    layers: Sequence[tuple[Conv, BatchNorm]],
+    projection: tuple[Conv, BatchNorm] | None,
+    residual: Tensor | None,
+    kind: str,
+    relu: bool,
+    route: str | None,
+) -> Tensor:
+    """Layers of which only some have frozen statistics: one fused operation each."""
+    if projection is not None:
+        residual = _chain(x, (projection,), relu=False, route=route)
+    elif kind == "identity":
+        residual = x
+    for layer in layers[:-1]:
+        x = _chain(x, (layer,), route=route)
+    return _chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
+
+
+def _reference_chain(
+    x: Tensor,
+    layers: Sequence[tuple[Conv, BatchNorm]],
+    projection: tuple[Conv, BatchNorm] | None,
+    residual: Tensor | None,
+    kind: str,
+    relu: bool,
+) -> Tensor:
+    counted = [(conv, _count(bn)) for conv, bn in layers]
+    a = x
+    for conv, bn in counted[:-1]:
+        a = _reference_layer(a, conv, bn, None, True)
+    if projection is not None:
+        residual = _reference_layer(x, projection[0], _count(projection[1]), None, False)
+    elif kind == "identity":
+        residual = x
+    return _reference_layer(a, *counted[-1], residual, relu)
+
+
+def _reference_layer(x: Tensor, conv: Conv, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    y = torch.nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _reference_bn_act(y, bn, residual, relu)
+
+
+def _reference_bn_act(y: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    momentum = bn.momentum
+    if momentum is None:
+        momentum = 1.0 / float(bn.num_batches_tracked) if bn.num_batches_tracked is not None else 0.0
+    return reference.bn_act(
+        y,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        training=bn.training,
+        momentum=momentum,
+        eps=bn.eps,
+        residual=residual,
+        relu=relu,
+    )
+
+
+# ---------------------------------------------------------------- small questions
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _geometry(conv: Conv) -> tuple[int, int, int, Pair, Pair, Pair, int]:
+    co, _, r, s = conv.weight.shape
+    return int(co), int(r), int(s), conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _needs_grad(x: Tensor, *layers: tuple[Conv, BatchNorm]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x, *(t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias))]
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
+    cumulative = bn.momentum is None and bn.training
+    counter = bn.num_batches_tracked if cumulative else None
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var, counter
+
+
+def _momentum(bn: BatchNorm) -> float:
+    return 0.0 if bn.momentum is None else float(bn.momentum)
+
+
+def _count(bn: BatchNorm) -> BatchNorm:
+    """Counts one batch more; the caller has checked everything that could still go wrong."""
+    if bn.num_batches_tracked is not None and bn.training:
+        bn.num_batches_tracked.add_(1)
+    return bn
+
+
+# ---------------------------------------------------------------- routes
+
+
+_said: set[str] = set()
+
+
+def _request(route: str | None) -> RouteRequest:
+    return requested() if route is None else RouteRequest(check_route(route), strict=True)
+
+
+def _take(fused: bool, reason: str, request: RouteRequest, operation: str) -> bool:
+    """Whether a fused plan runs. Where it does not although it was asked for strictly, raises; otherwise says why, once."""
+    if fused:
+        return True
+    if request.route not in ("auto", "reference"):
+        if request.strict:
+            raise RouteUnavailableError(f"{operation} has no route {request.route!r} here: {reason}")
+    if request.route != "reference" and not torch.compiler.is_compiling() and reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"fused_resnet runs plain PyTorch: {reason}", stacklevel=4)
+    return False
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_layers(layers: Sequence[tuple[Conv, BatchNorm]], count: int) -> None:
+    if len(layers) != count:
+        raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
+
+
+def _check_image(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point input, got {x.dtype}")
+
+
+def _check_layer(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, conv: Conv, bn: BatchNorm, name: str
+) -> tuple[int, int, int, int]:
+    """The output's shape; raises where eager would, before anything is touched."""
+    if len(shape) != 4:
+        raise ValueError(f"expected 4D input (got {len(shape)}D input)")
+    n, ci, h, w = shape
+    weight = conv.weight
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: the weight must be [Co, Ci / groups, R, S], got shape {tuple(weight.shape)}")
+    co, ci_per_group, r, s = weight.shape
+    if conv.groups < 1 or co % conv.groups or ci != ci_per_group * conv.groups:
+        raise ValueError(
+            f"{name}: a weight of shape {tuple(weight.shape)} in {conv.groups} group(s) expects "
+            f"{ci_per_group * conv.groups} input channels, got {ci}"
+        )
+    if weight.device != device:
+        raise ValueError(f"{name}: the input is on {device} and the weight on {weight.device}")
+    if weight.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        raise TypeError(f"{name}: the input is {dtype} and the weight {weight.dtype}; use autocast, or one dtype")
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    if min(sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
+        raise ValueError(f"{name}: stride and dilation must be at least 1 and padding at least 0, got {conv[1:4]}")
+    p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
+    if min(p, q) < 1:
+        raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
+    _check_bn(bn, co, name)
+    if bn.training:
+        _check_count((n, co, p, q))
+    return n, co, p, q
+
+
+def _check_bn(bn: BatchNorm, channels: int, name: str) -> None:
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(bn, field)
+        if t is not None and tuple(t.shape) != (channels,):
+            raise ValueError(f"{name}: the BatchNorm's {field} must have shape ({channels},), got {tuple(t.shape)}")
+    if not bn.eps > 0:
+        raise ValueError(f"{name}: batch_norm eps must be positive, but got {bn.eps}")
+    if not bn.training and (bn.running_mean is None or bn.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var to be given when training=False")
+
+
+def _check_count(shape: Sequence[int]) -> None:
+    n, _, p, q = shape
+    if n * p * q == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

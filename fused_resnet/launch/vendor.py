@@ -1,0 +1,49 @@
+"""The vendor's convolutions (cuDNN on a GPU), with the signatures of ours and recorded like ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..plan.problem import ConvProblem
+from .record import note
+
+
+def _geometry(problem: ConvProblem) -> dict[str, Any]:
+    return {
+        "stride": list(problem.stride),
+        "padding": list(problem.padding),
+        "dilation": list(problem.dilation),
+        "transposed": False,
+        "output_padding": [0, 0],
+        "groups": problem.groups,
+    }
+
+
+def _nhwc(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def conv_fprop(x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
+    y = torch.ops.aten.convolution(x, weight, None, **_geometry(problem))
+    note("vendor_conv_fprop", problem.flops, (x, weight, y), {})
+    return _nhwc(y)
+
+
+def conv_dgrad(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
+    """``x`` gives the shape alone; it is not read."""
+    dx = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, **_geometry(problem), output_mask=[True, False, False]
+    )[0]
+    note("vendor_conv_dgrad", problem.flops, (dy, weight, dx), {})
+    return _nhwc(dx)
+
+
+def conv_wgrad(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
+    """``weight`` gives the shape and layout alone; the gradient comes in the activations' dtype."""
+    dw = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, **_geometry(problem), output_mask=[False, True, False]
+    )[1]
+    note("vendor_conv_wgrad", problem.flops, (x, dy, dw), {})
+    return _nhwc(dw)

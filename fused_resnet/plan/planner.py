@@ -1,0 +1,196 @@
+"""plan(problem, target) -> Plan: the one place that decides what runs, and says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from . import tables
+from .config import GemmConfig, supports
+from .plans import ChainProblem, Choice, ConvPlan, Plan
+from .problem import ConvProblem
+from .split import wgrad_split
+from .target import Target, current, why_not
+
+
+def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Plan:
+    """The plan of a chain of convolutions on ``target``."""
+    reason = "asked for" if route == "reference" else _why_not(problem, target)
+    if reason:
+        return Plan("reference", reason)
+    return Plan(
+        route="staged",
+        reason="asked for" if route == "staged" else "the staged kernels support every convolution of the chain",
+        problem=problem,
+        convs=tuple(plan_conv(conv, target, first=i == 0) for i, conv in enumerate(problem.convs)),
+        projection=plan_conv(problem.projection, target, first=True) if problem.projection else None,
+        sm_count=target.sm_count,
+        interpreter=target.interpreter,
+    )
+
+
+def _why_not(problem: ChainProblem, target: Target) -> str:
+    reason = target.why_not_dtype(problem.convs[0].dtype)
+    if reason:
+        return reason
+    for conv in (*problem.convs, *([problem.projection] if problem.projection else ())):
+        if conv.M == 0 or conv.N * conv.H * conv.W == 0:
+            return "the batch is empty"
+    return ""
+
+
+Pair = tuple[int, int]
+Geometry = tuple[int, int, int, Pair, Pair, Pair, int]
+"""Co, R, S, stride, padding, dilation, groups."""
+
+
+@torch.compiler.assume_constant_result
+def chain_plan_text(
+    device: torch.device,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    convs: tuple[Geometry, ...],
+    projection: Geometry | None,
+    residual: str,
+    relu: bool,
+    batch_statistics: bool,
+    backward: bool,
+    route: str,
+) -> tuple[str, str]:
+    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W], or "" for the reference route; and the reason.
+
+    Constants in, constants out: a compiler that traces the caller need not look inside.
+    """
+    device = torch.device(device)
+    if route == "reference":
+        return "", "asked for"
+    found = current(device)
+    if found is None:
+        return "", why_not(device) or "no target"
+    return _chain_text(found, dtype, shape, convs, projection, residual, relu, batch_statistics, backward, route)
+
+
+@lru_cache(maxsize=4096)
+def _chain_text(
+    found: Target,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    convs: tuple[Geometry, ...],
+    projection: Geometry | None,
+    residual: str,
+    relu: bool,
+    batch_statistics: bool,
+    backward: bool,
+    route: str,
+) -> tuple[str, str]:
+    problem = chain_problem(dtype, shape, convs, projection, residual, relu, batch_statistics, backward)
+    plan = plan_chain(problem, found, route)
+    return ("" if plan.route == "reference" else plan.encode()), plan.reason
+
+
+def chain_problem(
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    convs: tuple[Geometry, ...],
+    projection: Geometry | None,
+    residual: str,
+    relu: bool,
+    batch_statistics: bool,
+    backward: bool,
+) -> ChainProblem:
+    """The problem of a chain whose convolutions follow each other over an input of ``shape``."""
+
+    def conv(size: tuple[int, int, int, int], geometry: Geometry) -> ConvProblem:
+        n, ci, h, w = size
+        co, r, s, stride, padding, dilation, groups = geometry
+        return ConvProblem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, dtype)
+
+    size, problems = shape, []
+    for geometry in convs:
+        problems.append(conv(size, geometry))
+        size = (size[0], problems[-1].Co, problems[-1].P, problems[-1].Q)
+    shortcut = conv(shape, projection) if projection else None
+    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward)
+
+
+@torch.compiler.assume_constant_result
+def pass_plan(device: torch.device, dtype: str, elements: int, route: str) -> tuple[int, bool, str]:
+    """For an operation without a convolution: the target's SM count (0 for the reference route), whether it is the
+    interpreter, and the reason."""
+    device = torch.device(device)
+    if route == "reference":
+        return 0, False, "asked for"
+    found = current(device)
+    if found is None:
+        return 0, False, why_not(device) or "no target"
+    reason = found.why_not_dtype(dtype) or ("the batch is empty" if elements == 0 else "")
+    return (0, False, reason) if reason else (found.sm_count, found.interpreter, "the passes take any shape")
+
+
+@lru_cache(maxsize=4096)
+def plan_conv(problem: ConvProblem, target: Target, *, first: bool) -> ConvPlan:
+    """Who runs each pass of one convolution; the ``first`` of a chain reads its input as it is and masks no gradient."""
+    return ConvPlan(problem, *(_choose(problem, kind, target, first) for kind in tables.PASSES))
+
+
+def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Choice:
+    config = default_config(problem, kind, target)
+    ok, reason = supports(problem, kind, target, config)
+    if not ok:
+        return Choice("vendor", reason)
+    if target.interpreter:
+        return Choice("fused", "the interpreter has configurations of its own", config)
+    measured = tables.lookup(problem, _pass_name(problem, kind, first), target)
+    if measured is not None:
+        times = f"measured: ours {measured.us} us, the vendor's {measured.vendor_us} + {measured.passes_us} us"
+        if measured.vendor_wins or measured.config is None:
+            return Choice("vendor", times)
+        if supports(problem, kind, target, measured.config)[0]:
+            return Choice("fused", times, measured.config)
+    if problem.taps > 1:
+        return Choice(
+            "vendor", "nobody measured this filter here, and the vendor's is rarely slower on one wider than 1x1"
+        )
+    return Choice("fused", "a 1x1 convolution gains by its prologue and epilogue", config)
+
+
+def _pass_name(problem: ConvProblem, kind: str, first: bool) -> str:
+    """The pass as the staged route runs it: what its prologue and epilogue hold."""
+    if kind == "fprop":
+        return tables.pass_name(kind, prologue=problem.is_pointwise and not first, epilogue=True)
+    return tables.pass_name(kind, prologue=problem.is_pointwise, epilogue=kind == "dgrad" and not first)
+
+
+def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
+    """The configuration of a problem that nobody measured."""
+    if target.interpreter:
+        return _interpreter_config(problem, kind)
+    if kind == "wgrad":
+        block_m, block_n = _tile(problem.Co), _tile(problem.Ci)
+        config = GemmConfig(block_m, block_n, 64, num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=3)
+        split = wgrad_split(problem, config.block_m, config.block_n, config.block_k, target.sm_count)
+        return replace(config, split=split)
+    columns = problem.Co if kind == "fprop" else problem.Ci
+    reduced = problem.Ci if kind == "fprop" else problem.Co
+    block_n = _tile(columns)
+    block_k = 64 if reduced > 32 else 32
+    return GemmConfig(128, block_n, block_k, num_warps=8 if block_n >= 128 else 4, num_stages=3)
+
+
+def _tile(columns: int) -> int:
+    return 128 if columns > 64 else 64 if columns > 32 else 32
+
+
+def _interpreter_config(problem: ConvProblem, kind: str) -> GemmConfig:
+    # The interpreter's cost is per program and per loop step, not per element: the largest tile that is not mostly padding.
+    rows, columns = (
+        (problem.Co, problem.Ci) if kind == "wgrad" else (problem.M, problem.Co if kind == "fprop" else problem.Ci)
+    )
+    reduced = problem.M if kind == "wgrad" else problem.Ci if kind == "fprop" else problem.Co
+    return GemmConfig(_power(rows, 4096), _power(columns, 256), _power(reduced, 4096 if kind == "wgrad" else 256))
+
+
+def _power(size: int, most: int) -> int:
+    return min(most, max(16, 1 << (size - 1).bit_length()))

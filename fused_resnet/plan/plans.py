@@ -1,0 +1,99 @@
+"""What the planner decides: frozen, comparable, and small enough to travel through an operator as one string."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from .config import GemmConfig
+from .problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs one pass of one convolution: our kernel with a configuration, or the vendor's."""
+
+    source: str
+    reason: str
+    config: GemmConfig | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.source == "fused"
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """The three passes of one convolution."""
+
+    problem: ConvProblem
+    fprop: Choice
+    dgrad: Choice
+    wgrad: Choice
+
+
+@dataclass(frozen=True)
+class ChainProblem:
+    """conv -> BN -> ReLU, repeated; the last one with an optional residual before its ReLU.
+
+    ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or "given"
+    (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
+    ``batch_statistics`` tells training-mode BN from frozen statistics; ``backward`` whether a gradient will be asked for.
+    """
+
+    convs: tuple[ConvProblem, ...]
+    projection: ConvProblem | None = None
+    residual: str = "none"
+    relu: bool = True
+    batch_statistics: bool = True
+    backward: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A route with its reason; where the route is not "reference", also who runs each convolution.
+
+    ``sm_count`` and ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
+    """
+
+    route: str
+    reason: str
+    problem: ChainProblem | None = None
+    convs: tuple[ConvPlan, ...] = ()
+    projection: ConvPlan | None = None
+    sm_count: int = 132
+    interpreter: bool = False
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def _conv_problem(fields: dict[str, Any]) -> ConvProblem:
+    pairs = {name: tuple(fields[name]) for name in ("stride", "padding", "dilation")}
+    return ConvProblem(**{**fields, **pairs})
+
+
+def _choice(fields: dict[str, Any]) -> Choice:
+    config = fields["config"]
+    return Choice(fields["source"], fields["reason"], GemmConfig(**config) if config else None)
+
+
+def _conv_plan(fields: dict[str, Any]) -> ConvPlan:
+    passes = (_choice(fields[name]) for name in ("fprop", "dgrad", "wgrad"))
+    return ConvPlan(_conv_problem(fields["problem"]), *passes)
+
+
+@lru_cache(maxsize=4096)
+def decode(text: str) -> Plan:
+    """The plan that :meth:`Plan.encode` wrote."""
+    fields = json.loads(text)
+    if fields["problem"] is not None:
+        problem = fields["problem"]
+        convs = tuple(_conv_problem(conv) for conv in problem["convs"])
+        projection = _conv_problem(problem["projection"]) if problem["projection"] else None
+        fields["problem"] = ChainProblem(**{**problem, "convs": convs, "projection": projection})
+    fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
+    fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
+    return Plan(**fields)
