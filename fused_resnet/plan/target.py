@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -84,11 +88,38 @@ def interpreted() -> bool:
     return False
 
 
+class Assumption(NamedTuple):
+    """A target to plan for, present or not; None with the reason why there is none."""
+
+    target: Target | None
+    reason: str | None = None
+
+
+class _Assumed(threading.local):
+    current: Assumption | None = None
+
+
+_assumed = _Assumed()
+
+
+@contextmanager
+def assume(assumption: Assumption) -> Iterator[None]:
+    """Plans made inside, on this thread, are for ``assumption`` whatever the device: how ``explain`` sees another GPU."""
+    before = _assumed.current
+    _assumed.current = assumption
+    try:
+        yield
+    finally:
+        _assumed.current = before
+
+
 def current(device: torch.device) -> Target | None:
     """What the kernels would run on for tensors of ``device``; None where they cannot (:func:`why_not` says why).
 
     RuntimeError if TRITON_INTERPRET was set too late.
     """
+    if _assumed.current is not None:
+        return _assumed.current.target
     if interpreted():
         return INTERPRETER if device.type in ("cpu", "cuda") else None
     if why_not(device) is not None:
@@ -100,6 +131,8 @@ def current(device: torch.device) -> Target | None:
 @torch.compiler.assume_constant_result
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, or None where they can."""
+    if _assumed.current is not None:
+        return _assumed.current.reason
     if device.type == "cpu":
         return None if interpreted() else "the kernels need a GPU, and the tensors are on the CPU"
     if device.type != "cuda":
