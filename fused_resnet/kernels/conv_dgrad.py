@@ -127,7 +127,8 @@ def conv_dgrad_kernel(
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
     taps_s = tl.maximum(taps_s, 1)  # a class without taps runs no iteration, and must not divide by zero either
     taps = tl.maximum(taps_r, 1) * taps_s
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    # Transposed, because a column's sum then stays inside four threads: the statistics cost 8 shuffles, not 400.
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(iterations):
         tap = i % taps
         k0 = i // taps * BLOCK_K
@@ -164,8 +165,9 @@ def conv_dgrad_kernel(
                     y = tl.load(y_ptr + offs_a + offs_tap, mask=mask_k[None, :], other=0.0)
                 scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])
             a = scaled.to(dy_ptr.dtype.element_ty)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
 
+    acc = tl.trans(acc)
     mask_m = offs_m < M
     mask = mask_m[:, None] & mask_n[None, :]
     RESIDUAL_STRIDED: tl.constexpr = RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1
