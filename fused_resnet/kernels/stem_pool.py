@@ -44,30 +44,37 @@ def stem_pool_kernel(
     scale = tl.load(stats_ptr + 2 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
     shift = tl.load(stats_ptr + 3 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
 
-    h = offs_m // Q % P * 2 - 1
-    w = offs_m % Q * 2 - 1
-    image = offs_m // (P * Q)
-    corner = ((image.to(tl.int64) * H + h) * W + w) * C
-
-    # Maximum before ReLU: the same tap wins wherever the result is positive, and elsewhere all are equal to zero.
-    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), dtype=ACC)
-    index = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+    # A tap outside the image reads its nearest neighbour inside, which is in the window too and so moves no maximum.
+    # That keeps the taps free of masks, which would cost more than the arithmetic; the index is put right at the end.
+    row = tl.minimum(offs_m, M - 1)
+    h = row // Q % P * 2 - 1
+    w = row % Q * 2 - 1
+    image = (row // (P * Q)).to(tl.int64) * H
     for r in tl.static_range(3):
+        line = (image + tl.minimum(tl.maximum(h + r, 0), H - 1)) * W
         for s in tl.static_range(3):
-            inside = (mask_m & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
-            ptrs = y_ptr + (corner + (r * W + s) * C)[:, None] + offs_c[None, :]
-            y = tl.load(ptrs, mask=inside & mask_c, other=0.0).to(ACC)
+            pixel = line + tl.minimum(tl.maximum(w + s, 0), W - 1)
+            y = tl.load(y_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask_c, other=0.0).to(ACC)
             value = affine(y, scale, shift).to(y_ptr.dtype.element_ty).to(ACC)
-            wins = inside & ((value > best) | (value != value))
-            best = tl.where(wins, value, best)
-            index = tl.where(wins, r * 3 + s, index)
+            if r + s == 0:
+                best = value
+                index = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+            else:
+                wins = (value > best) | (value != value)
+                best = tl.where(wins, value, best)
+                index = tl.where(wins, r * 3 + s, index)
 
-    first = tl.where(h < 0, 3, 0) + tl.where(w < 0, 1, 0)
-    index = tl.where(best <= 0, first[:, None], index)
+    # The maximum was taken before ReLU: the same tap wins where it is positive; elsewhere all taps are equal, to zero.
+    index = tl.where(best <= 0, 0, index)
+    tap_r = index // 3
+    tap_s = index - tap_r * 3
+    tap_r = tl.minimum(tl.maximum(tap_r, tl.where(h < 0, 1, 0)[:, None]), tl.where(h + 2 < H, 2, 1)[:, None])
+    tap_s = tl.minimum(tl.maximum(tap_s, tl.where(w < 0, 1, 0)[:, None]), tl.where(w + 2 < W, 2, 1)[:, None])
+
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
     mask = mask_m[:, None] & mask_c
     tl.store(out_ptr + offs, relu(best).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(index_ptr + offs, index.to(tl.uint8), mask=mask)
+    tl.store(index_ptr + offs, (tap_r * 3 + tap_s).to(tl.uint8), mask=mask)
 
 
 @triton.jit
