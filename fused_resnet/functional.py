@@ -158,7 +158,16 @@ def stem(
     request = _request(route)
     keep = _needs_grad(x, (conv, bn))
     text, reason = planner.chain_plan_text(
-        x.device, _dtype_name(dtype), tuple(x.shape), (_geometry(conv),), None, "none", True, bn.training, keep, request.route
+        x.device,
+        _dtype_name(dtype),
+        tuple(x.shape),
+        (_geometry(conv),),
+        None,
+        "none",
+        True,
+        bn.training,
+        keep,
+        request.route,
     )
     if not _take(bool(text), reason, request, "stem") or min(shape[2:]) < 1:
         return torch.nn.functional.max_pool2d(_reference_layer(x, conv, _count(bn), None, True), 3, 2, 1)

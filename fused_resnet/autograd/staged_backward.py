@@ -170,9 +170,7 @@ def _layer_grad(
     y: Tensor | None,
 ) -> tuple[LayerGrad, Gradient]:
     """The BN's parameter gradients and the gradient of its conv's output, from the merged partial sums."""
-    dgamma, dbeta, coeffs = bn_grad_finalize(
-        tiles, stats, layer.gamma, conv.problem.M, row=row if passes.batch else 1
-    )
+    dgamma, dbeta, coeffs = bn_grad_finalize(tiles, stats, layer.gamma, conv.problem.M, row=row if passes.batch else 1)
     # With frozen statistics dy = A*dz: B and C are not read.
     return LayerGrad(None, dgamma, dbeta), Gradient(dz, y, coeffs)
 

@@ -83,7 +83,9 @@ def _backward(
     assert decoded.problem is not None
     conv = decoded.convs[0]
     rows = conv.problem.M
-    reducing = reduce_config(rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
+    reducing = reduce_config(
+        rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter
+    )
     tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, reducing)
     dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
     empty = x.new_empty(0)

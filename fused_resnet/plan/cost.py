@@ -60,7 +60,7 @@ def optimizer_cost(parameters: Iterable[torch.Tensor], optimizer: str | None) ->
 
 
 def eager_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Cost | None:
-    """What one dispatched ATen operator costs in eager PyTorch; ``None`` where nothing is launched (views, allocations).
+    """What one dispatched ATen operator costs in eager PyTorch; ``None`` where nothing is launched (a view, say).
 
     ``func`` is the ``OpOverload``; ``args``, ``kwargs`` and ``out`` are the tensors it saw and made, data or none.
     """

@@ -1,6 +1,6 @@
 """Tiles of the bandwidth-bound passes, as functions of the size alone: the same on every rank and in every run.
 
-A program takes ``block_m`` rows by ``block_c`` channels, a step of a few rows at a time (:func:`step_rows`), in 16-byte
+A program takes ``block_m`` rows by ``block_c`` channels, a step of a few rows at a time (:func:`step`), in 16-byte
 loads. ``interpreter`` asks for few, large programs: their number is what time depends on there.
 """
 
@@ -21,10 +21,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def step_rows(config: PassConfig, itemsize: int, vectors: int) -> int:
-    """Rows of one step: what lets every thread load ``vectors`` vectors of a tensor at once. A power of two."""
-    elements = config.num_warps * WARP * vectors * max(VECTOR_BYTES // itemsize, 1)
-    return max(1, min(elements // config.block_c, next_power_of_2(config.block_m)))
+def step(config: PassConfig, itemsize: int, vectors: int) -> tuple[int, int]:
+    """(row groups, rows of a group) of one step: a thread has a vector in each of at most ``vectors`` groups."""
+    elements = config.num_warps * WARP * max(VECTOR_BYTES // itemsize, 1)
+    rows = next_power_of_2(config.block_m)
+    group = max(1, min(elements // config.block_c, rows))
+    return min(vectors, rows // group), group
 
 
 def pass_config(
@@ -48,10 +50,11 @@ def _config(
         block_c = min(next_power_of_2(channels), 512)
         return PassConfig(block_m=max(1 << 20 // block_c, 1), block_c=block_c, num_warps=INTERPRETER_WARPS)
     block_c = min(next_power_of_2(channels), block_c)
-    step = step_rows(PassConfig(rows, block_c), itemsize, vectors=2)
+    groups, group = step(PassConfig(rows, block_c), itemsize, vectors=4)
+    step_rows = groups * group
     tiles = max(programs // ceil_div(channels, block_c), 1)
-    steps = min(max(ceil_div(rows, step * tiles), 1), max_steps)
-    return PassConfig(block_m=step * steps, block_c=block_c)
+    steps = min(max(ceil_div(rows, step_rows * tiles), 1), max_steps)
+    return PassConfig(block_m=step_rows * steps, block_c=block_c)
 
 
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:

@@ -1,0 +1,58 @@
+"""Triton kernels that make ResNets train faster and in less memory on NVIDIA GPUs.
+
+``fused_resnet.Bottleneck`` and ``fused_resnet.BasicBlock`` stand in for torchvision's; the builders make whole networks.
+"""
+
+from . import functional, reference
+from .launch.record import Launch, record_launches
+from .modules.blocks import BasicBlock, Bottleneck
+from .modules.layers import BNAddReLU, ConvBNReLU, Stem
+from .modules.resnet import (
+    ResNet,
+    cifar_plain,
+    cifar_resnet,
+    plain,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .plan.route import RouteUnavailableError, use_route
+from .plan.target import Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNAddReLU",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNReLU",
+    "Launch",
+    "ResNet",
+    "RouteUnavailableError",
+    "Stem",
+    "Target",
+    "cifar_plain",
+    "cifar_resnet",
+    "functional",
+    "plain",
+    "record_launches",
+    "reference",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "use_route",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

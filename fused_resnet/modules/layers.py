@@ -1,0 +1,65 @@
+"""Single layers: parameters and buffers of their own, one fused operation each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import functional
+from ..reference import ConvBNReLU as PlainConvBNReLU
+from .children import may_fuse
+
+
+class ConvBNReLU(PlainConvBNReLU):
+    """``relu(bn(conv(x)))`` as one operation: [N, in_channels, H, W] to [N, out_channels, P, Q].
+
+    Children ``conv`` (without bias) and ``bn``. ``padding=None`` keeps the size at stride 1. The constructor is
+    ``(in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, eps=1e-5, momentum=0.1,
+    relu=True)``. Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_fuse(x, self.conv, self.bn):
+            return super().forward(x)
+        conv, bn = functional.conv_of(self.conv), functional.batch_norm_of(self.bn)
+        return functional.conv_bn_relu(
+            x,
+            conv.weight,
+            bn,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            relu=self.relu,
+        )
+
+
+class BNAddReLU(nn.BatchNorm2d):
+    """``relu(bn(y) + residual)`` as one operation; all [N, num_features, H, W]. ``residual`` may be left away.
+
+    An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes.
+    """
+
+    def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return functional.bn_add_relu(y, functional.batch_norm_of(self), residual)
+
+
+class Stem(nn.Module):
+    """``max_pool(relu(bn(conv(x))))``, the first layers of an ImageNet ResNet (He et al. 2015, Table 1).
+
+    Children ``conv1`` (7x7, stride 2, padding 3, without bias) and ``bn1``; the pooling is 3x3, stride 2, padding 1.
+    [N, in_channels, H, W] to [N, out_channels, H / 4, W / 4].
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 64, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = self.conv1, self.bn1
+        if not may_fuse(x, conv, bn):
+            return nn.functional.max_pool2d(nn.functional.relu(bn(conv(x))), 3, stride=2, padding=1)
+        record = functional.conv_of(conv)
+        return functional.stem(
+            x, conv.weight, functional.batch_norm_of(bn), stride=record.stride, padding=record.padding
+        )
