@@ -12,8 +12,8 @@ from .tiling import pass_tile, step_offsets
 
 @triton.jit
 def load_channels(row_ptr, offs_c, channels):
-    """One row of per-channel numbers, as [1, BLOCK_C]."""
-    return tl.load(row_ptr + offs_c, mask=offs_c < channels, other=0.0)[None, :]
+    """One row of per-channel numbers, as [1, 1, BLOCK_C]."""
+    return tl.load(row_ptr + offs_c, mask=offs_c < channels, other=0.0)[None, None, :]
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def bn_act_kernel(
     HAS_RESIDUAL: tl.constexpr,
     NORMALISE_RESIDUAL: tl.constexpr,
     APPLY_RELU: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -43,8 +44,8 @@ def bn_act_kernel(
         residual_scale = load_channels(residual_stats_ptr + 2 * channels, offs_c, channels)
         residual_shift = load_channels(residual_stats_ptr + 3 * channels, offs_c, channels)
 
-    for start in range(0, count, BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, BLOCK_M)
+    for start in range(0, count, VECTORS * BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
         y = tl.load(y_ptr + offsets, mask=mask)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + offsets, mask=mask).to(scale.dtype)

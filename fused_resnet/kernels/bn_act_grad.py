@@ -37,6 +37,7 @@ def bn_act_grad_reduce_kernel(
     HAS_RESIDUAL: tl.constexpr,
     APPLY_RELU: tl.constexpr,
     STORE_DZ: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -58,8 +59,8 @@ def bn_act_grad_reduce_kernel(
     sum_dz = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     sum_dz_y = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     sum_dz_residual = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
-    for start in range(0, count, BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, BLOCK_M)
+    for start in range(0, count, VECTORS * BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
         dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0)
         if HAS_Y:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
@@ -75,11 +76,11 @@ def bn_act_grad_reduce_kernel(
             dz = relu_grad(dz, pre)
         if STORE_DZ:
             tl.store(dz_ptr + offsets, dz.to(dout.dtype), mask=mask)
-        sum_dz += dz
+        sum_dz += tl.sum(dz, axis=0)
         if HAS_Y:
-            sum_dz_y += dz * (y - mean)
+            sum_dz_y += tl.sum(dz * (y - mean), axis=0)
         if HAS_RESIDUAL:
-            sum_dz_residual += dz * (residual - residual_mean)
+            sum_dz_residual += tl.sum(dz * (residual - residual_mean), axis=0)
 
     mask_c = offs_c < channels
     tiles_ptr += tile.to(tl.int64) * channels
@@ -104,6 +105,7 @@ def bn_grad_finalize_kernel(
     ROW: tl.constexpr,
     ACC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -113,10 +115,10 @@ def bn_grad_finalize_kernel(
 
     sum_dz = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
     sum_dz_y = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    for start in range(0, tiles, BLOCK_T):
-        offsets, mask = step_offsets(start, tiles, offs_c, channels, BLOCK_T)
-        sum_dz += tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
-        sum_dz_y += tl.load(row_ptr + offsets, mask=mask, other=0.0)
+    for start in range(0, tiles, VECTORS * BLOCK_T):
+        offsets, mask = step_offsets(start, tiles, offs_c, channels, VECTORS, BLOCK_T)
+        sum_dz += tl.sum(tl.load(tiles_ptr + offsets, mask=mask, other=0.0), axis=0)
+        sum_dz_y += tl.sum(tl.load(row_ptr + offsets, mask=mask, other=0.0), axis=0)
 
     mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
     rstd = tl.load(stats_ptr + channels + offs_c, mask=mask_c, other=0.0)
@@ -144,6 +146,7 @@ def bn_grad_apply_kernel(
     channels,
     rows_per_tile,
     HAS_Y: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -156,8 +159,8 @@ def bn_grad_apply_kernel(
         b = load_channels(coeffs_ptr + channels, offs_c, channels)
         c = load_channels(coeffs_ptr + 2 * channels, offs_c, channels)
 
-    for start in range(0, count, BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, BLOCK_M)
+    for start in range(0, count, VECTORS * BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
         dz = tl.load(dz_ptr + offsets, mask=mask)
         if HAS_Y:
             y = tl.load(y_ptr + offsets, mask=mask).to(a.dtype)

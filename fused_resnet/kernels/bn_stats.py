@@ -17,7 +17,7 @@ S and Q of different lanes simply add, so no lane needs a count. The subtraction
 import triton
 import triton.language as tl
 
-from .tiling import pass_tile, step_offsets
+from .tiling import pass_tile, step_offsets, step_rows
 
 
 @triton.jit
@@ -37,24 +37,25 @@ def bn_stats_kernel(
     rows_per_tile,
     plane,
     ACC: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
 
-    offsets, mask = step_offsets(0, count, offs_c, channels, BLOCK_M)
+    offsets, mask = step_offsets(0, count, offs_c, channels, VECTORS, BLOCK_M)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    pivot = tl.sum(y, axis=0) / tl.minimum(count, BLOCK_M)
+    pivot = tl.sum(tl.sum(y, axis=0), axis=0) / tl.minimum(count, VECTORS * BLOCK_M)
 
     shifted = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     squared = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
-    for start in range(0, count, BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, BLOCK_M)
+    for start in range(0, count, VECTORS * BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        deviation = tl.where(mask, y - pivot[None, :], 0.0)
-        shifted += deviation
-        squared += deviation * deviation
+        deviation = tl.where(mask, y - pivot[None, None, :], 0.0)
+        shifted += tl.sum(deviation, axis=0)
+        squared += tl.sum(deviation * deviation, axis=0)
 
     mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), count)
     tiles_ptr += tile.to(tl.int64) * channels
@@ -121,26 +122,28 @@ def bn_finalize_kernel(
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
 
-    offsets, mask = step_offsets(0, tiles, offs_c, channels, BLOCK_T)
-    pivot = tl.sum(tl.load(tiles_ptr + offsets, mask=mask, other=0.0), axis=0) / tl.minimum(tiles, BLOCK_T)
+    offsets, mask = step_offsets(0, tiles, offs_c, channels, VECTORS, BLOCK_T)
+    mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
+    pivot = tl.sum(tl.sum(mean, axis=0), axis=0) / tl.minimum(tiles, VECTORS * BLOCK_T)
 
     shifted = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
     squared = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    for start in range(0, tiles, BLOCK_T):
-        offsets, mask = step_offsets(start, tiles, offs_c, channels, BLOCK_T)
+    for start in range(0, tiles, VECTORS * BLOCK_T):
+        offsets, mask = step_offsets(start, tiles, offs_c, channels, VECTORS, BLOCK_T)
         mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
         m2 = tl.load(tiles_ptr + plane + offsets, mask=mask, other=0.0)
-        first_row = (start + tl.arange(0, BLOCK_T)).to(tl.int64) * rows_per_tile
-        count = tl.minimum(rows - first_row, rows_per_tile).to(ACC)[:, None]
-        deviation = tl.where(mask, mean - pivot[None, :], 0.0)
-        shifted += count * deviation
-        squared += m2 + count * deviation * deviation
+        first_row = step_rows(start, VECTORS, BLOCK_T).to(tl.int64) * rows_per_tile
+        count = tl.minimum(rows - first_row, rows_per_tile).to(ACC)
+        deviation = tl.where(mask, mean - pivot[None, None, :], 0.0)
+        shifted += tl.sum(count * deviation, axis=0)
+        squared += tl.sum(m2 + count * deviation * deviation, axis=0)
 
     mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), rows)
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, m2 / rows, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)

@@ -20,8 +20,19 @@ def pass_tile(rows, channels, rows_per_tile, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def step_offsets(start, count, offs_c, channels, BLOCK_M: tl.constexpr):
-    """(offsets from the tile's first element, mask) of BLOCK_M rows from row ``start`` of the tile on."""
-    offs_m = start + tl.arange(0, BLOCK_M)
-    offsets = offs_m[:, None] * channels + offs_c[None, :]
-    return offsets, (offs_m < count)[:, None] & (offs_c < channels)[None, :]
+def step_rows(start, VECTORS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows of one step, [VECTORS, BLOCK_M, 1].
+
+    A thread holds one vector of channels in each of VECTORS row groups: it loads them at once, and adds them up
+    (axis 0) without a word to its neighbours.
+    """
+    groups = start + tl.arange(0, VECTORS) * BLOCK_M
+    return (groups[:, None] + tl.arange(0, BLOCK_M)[None, :])[:, :, None]
+
+
+@triton.jit
+def step_offsets(start, count, offs_c, channels, VECTORS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(offsets from the tile's first element, mask) of the step that begins at row ``start`` of the tile."""
+    offs_m = step_rows(start, VECTORS, BLOCK_M)
+    offs_c = offs_c[None, None, :]
+    return offs_m * channels + offs_c, (offs_m < count) & (offs_c < channels)

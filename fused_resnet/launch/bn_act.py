@@ -6,7 +6,7 @@ import torch
 
 from ..kernels.bn_act import bn_act_kernel
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, step_rows
+from ..plan.passes import ceil_div, step
 from .check import require_image, require_nhwc, require_rows
 from .record import launch
 
@@ -36,6 +36,7 @@ def bn_act(
             raise ValueError("residual_stats without a residual")
         require_rows(residual_stats, 4, channels, y, "residual_stats")
     out = torch.empty_like(y, memory_format=torch.channels_last)
+    vectors, block_m = step(config, y.element_size(), vectors=4 if residual is None else 2)
     launch(
         bn_act_kernel,
         (ceil_div(rows, config.block_m) * ceil_div(channels, config.block_c),),
@@ -54,7 +55,8 @@ def bn_act(
         HAS_RESIDUAL=residual is not None,
         NORMALISE_RESIDUAL=residual_stats is not None,
         APPLY_RELU=relu,
-        BLOCK_M=step_rows(config, y.element_size(), vectors=4 if residual is None else 2),
+        VECTORS=vectors,
+        BLOCK_M=block_m,
         BLOCK_C=config.block_c,
     )
     return out

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..kernels.bn_act_grad import bn_act_grad_reduce_kernel, bn_grad_apply_kernel, bn_grad_finalize_kernel
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, merge_config, step_rows
+from ..plan.passes import ceil_div, merge_config, step
 from .check import accumulation_dtype, require_device, require_image, require_nhwc, require_rows, require_shape
 from .record import launch
 
@@ -60,6 +60,7 @@ def bn_act_grad_reduce(
     data = torch.empty((2 if residual is None else 3, tiles, channels), dtype=acc, device=dout.device)
     stored = torch.empty_like(dout, memory_format=torch.channels_last) if relu and store_dz else None
     images = [t for t in (dout, y, mask, residual, stored) if t is not None]
+    vectors, block_m = step(config, dout.element_size(), vectors=2)
     launch(
         bn_act_grad_reduce_kernel,
         (tiles * ceil_div(channels, config.block_c),),
@@ -85,7 +86,8 @@ def bn_act_grad_reduce(
         HAS_RESIDUAL=residual is not None,
         APPLY_RELU=relu,
         STORE_DZ=stored is not None,
-        BLOCK_M=step_rows(config, dout.element_size(), vectors=2),
+        VECTORS=vectors,
+        BLOCK_M=block_m,
         BLOCK_C=config.block_c,
     )
     if not store_dz:
@@ -113,6 +115,7 @@ def bn_grad_finalize(
     dgamma, dbeta = (torch.empty(channels, dtype=tiles.dtype, device=tiles.device) for _ in range(2))
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
     config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
+    vectors, block_t = step(config, tiles.element_size(), vectors=4)
     launch(
         bn_grad_finalize_kernel,
         (ceil_div(channels, config.block_c),),
@@ -133,7 +136,8 @@ def bn_grad_finalize(
         ROW=row,
         ACC=_acc(tiles.dtype),
         HAS_WEIGHT=weight is not None,
-        BLOCK_T=config.block_m,
+        VECTORS=vectors,
+        BLOCK_T=block_t,
         BLOCK_C=config.block_c,
     )
     return dgamma, dbeta, coeffs
@@ -151,6 +155,7 @@ def bn_grad_apply(dz: torch.Tensor, y: torch.Tensor | None, coeffs: torch.Tensor
         require_image(y, dz.shape, dz, "y")
     require_rows(coeffs, 3, channels, dz, "coeffs")
     dy = torch.empty_like(dz, memory_format=torch.channels_last)
+    vectors, block_m = step(config, dz.element_size(), vectors=4 if y is None else 2)
     launch(
         bn_grad_apply_kernel,
         (ceil_div(rows, config.block_m) * ceil_div(channels, config.block_c),),
@@ -166,7 +171,8 @@ def bn_grad_apply(dz: torch.Tensor, y: torch.Tensor | None, coeffs: torch.Tensor
         channels=channels,
         rows_per_tile=config.block_m,
         HAS_Y=y is not None,
-        BLOCK_M=step_rows(config, dz.element_size(), vectors=4 if y is None else 2),
+        VECTORS=vectors,
+        BLOCK_M=block_m,
         BLOCK_C=config.block_c,
     )
     return dy

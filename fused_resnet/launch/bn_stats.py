@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, merge_config, step_rows
+from ..plan.passes import ceil_div, merge_config, step
 from .check import DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
 from .record import launch
 from .tiles import StatTiles
@@ -22,6 +22,7 @@ def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
     rows = y.numel() // channels
     tiles = ceil_div(rows, config.block_m)
     acc = accumulation_dtype(y.dtype)
+    vectors, block_m = step(config, y.element_size(), vectors=4)
     data = torch.empty((2, tiles, channels), dtype=acc, device=y.device)
     launch(
         bn_stats_kernel,
@@ -37,7 +38,8 @@ def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
         rows_per_tile=config.block_m,
         plane=tiles * channels,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,
-        BLOCK_M=step_rows(config, y.element_size(), vectors=4),
+        VECTORS=vectors,
+        BLOCK_M=block_m,
         BLOCK_C=config.block_c,
     )
     return StatTiles(data, config.block_m, rows)
@@ -69,6 +71,7 @@ def bn_finalize(
     _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
     config = merge_config(count, channels, interpreter=data.device.type == "cpu")
+    vectors, block_t = step(config, data.element_size(), vectors=4)
     running = [t for t in (running_mean, running_var) if t is not None]
     launch(
         bn_finalize_kernel,
@@ -97,7 +100,8 @@ def bn_finalize(
         HAS_RUNNING_MEAN=running_mean is not None,
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
-        BLOCK_T=config.block_m,
+        VECTORS=vectors,
+        BLOCK_T=block_t,
         BLOCK_C=config.block_c,
     )
     return stats
