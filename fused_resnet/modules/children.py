@@ -9,8 +9,8 @@ from torch.fx import Proxy
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """``module`` is exactly a ``kind`` and calling it runs nothing but its class's forward.
 
-    Hooks (pruning is one), a parametrisation (it changes the class) and a forward replaced on the instance all expect
-    the call itself.
+    Hooks (pruning is one), a parametrisation or sharding (they change the class) and a forward replaced on the instance
+    all expect the call itself; a subclass may compute something else.
     """
     return type(module) is kind and not (
         module._forward_hooks
@@ -31,3 +31,11 @@ def may_fuse(x: object, conv: nn.Module, bn: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
     )
+
+
+def is_stem_pool(module: nn.Module) -> bool:
+    """``module`` is the 3x3 max pooling of stride 2 and padding 1 that the stem kernel computes."""
+    if not (is_untouched(module, nn.MaxPool2d) and isinstance(module, nn.MaxPool2d)):
+        return False
+    geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return geometry == (3, 2, 1, 1) and not (module.ceil_mode or module.return_indices)
