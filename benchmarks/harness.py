@@ -8,6 +8,7 @@ after the items that are already in the stage's JSON. That is also how an interr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -24,8 +25,17 @@ from typing import Any
 
 from .device import ROOT, Device, DryDevice
 
-STAGES = ("facts", "baselines", "layers", "kernels", "blocks", "tune", "step", "profile")
-"""In order of value."""
+STAGES = {
+    "facts": (1.0, 40),
+    "baselines": (4.5, 130),
+    "layers": (1.5, 40),
+    "kernels": (3.0, 60),
+    "blocks": (1.5, 60),
+    "step": (2.5, 100),
+    "profile": (1.0, 60),
+    "tune": (6.0, 60),
+}
+"""In order of value: how many minutes a stage may take, after how many seconds an item of it is given up."""
 Item = tuple[str, Callable[[], dict[str, Any]]]
 POISONED = 3
 DEFAULT_CEILINGS = {"bytes_per_s": 3.0e12, "flops_per_s": 750e12}
@@ -143,8 +153,7 @@ def child(arguments: argparse.Namespace) -> int:
 
 def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit: int = 0) -> None:
     """One stage in children of its own, within ``seconds``."""
-    module = importlib.import_module(f"benchmarks.stages.{stage}")
-    item_seconds = getattr(module, "ITEM_SECONDS", 60)
+    item_seconds = STAGES[stage][1]
     deadline = time.time() + seconds
     with tempfile.TemporaryDirectory() as scratch:
         marker = Path(scratch) / "running"
@@ -156,6 +165,8 @@ def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit
                        "--deadline", str(deadline), "--limit", str(limit)] + ["--dry"] * dry  # fmt: skip
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+            if dry:
+                environment["TRITON_INTERPRET"] = "1"
             process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
             try:
                 problem = _watch(process, marker, deadline, item_seconds)
@@ -196,10 +207,8 @@ def _watch(process: subprocess.Popen[bytes], marker: Path, deadline: float, item
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a child and what it started (compile workers), by its own process group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -207,8 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line of ``scripts/gpu_check``."""
     parser = argparse.ArgumentParser(
         prog="gpu_check",
-        description="Everything worth knowing about this GPU in ten minutes: facts, baselines, every kernel's error and "
-        "time, whole training steps, a profile. Results are written as they come; run again to go on.",
+        description="Everything worth knowing about this GPU in ten minutes: facts, baselines, every kernel's error, "
+        "its time, whole steps, a profile. Results are written as they come; run again to go on.",
         epilog="Stages, in order of value: " + ", ".join(STAGES),
     )
     parser.add_argument("--only", default=",".join(STAGES), help="stages to run, separated by commas")
@@ -233,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in [stage for stage in STAGES if stage in chosen]:
         if options.fresh:
             (options.out / f"{name}.json").unlink(missing_ok=True)
-        minutes = budgets.get(name, importlib.import_module(f"benchmarks.stages.{name}").MINUTES)
+        minutes = budgets.get(name, STAGES[name][0])
         seconds = min(minutes * 60, end - time.time())
         if seconds < 10:
             print(f"[{name}] not run: the time is up", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def _walk(depth: int, batch: int, size: int, width: int, dtype: str) -> Iterator
     bottleneck = depth >= 50
     expansion = 4 if bottleneck else 1
     yield conv(size, 3, width, 7, 2), "stem"
-    side, ci = -(-(-(-size // 2)) // 2), width
+    side, ci = math.ceil(math.ceil(size / 2) / 2), width
     for stage, blocks in enumerate(LAYERS[depth]):
         planes = width * 2**stage
         for block in range(blocks):

@@ -13,9 +13,6 @@ from ..harness import Context, Item
 from ..networks import Training
 from ..timing import interleave
 
-MINUTES = 4.5
-ITEM_SECONDS = 130
-
 
 def items(context: Context) -> Iterator[Item]:
     yield "resnet50 eager, graph", lambda: _eager(context, 50)

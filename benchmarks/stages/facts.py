@@ -10,9 +10,6 @@ import torch
 from ..harness import Context, Item
 from ..timing import interleave
 
-MINUTES = 1.0
-ITEM_SECONDS = 40
-
 
 def items(context: Context) -> Iterator[Item]:
     yield "device", lambda: _device(context)

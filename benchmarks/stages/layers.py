@@ -15,9 +15,6 @@ from ..harness import Context, Item
 from ..tensors import image, weight
 from ..timing import floor_us, interleave, rotation
 
-MINUTES = 1.5
-ITEM_SECONDS = 40
-
 
 def chosen(context: Context, depth: int) -> list[problems.Layer]:
     """The distinct convolutions at batch 256; a rehearsal's are tiny."""

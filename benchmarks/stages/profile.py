@@ -1,5 +1,2 @@
-MINUTES = 0.1
-
-
 def items(context):
     return iter(())

@@ -1,0 +1,208 @@
+"""The convolution kernels as the staged route calls them: inputs, ours, eager's way, the vendor's, what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_resnet.launch import vendor
+from fused_resnet.launch.conv_dgrad import conv_dgrad
+from fused_resnet.launch.conv_fprop import conv_fprop
+from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.problem import ConvProblem
+from fused_resnet.plan.tables import pass_name
+
+from . import errors, problems, tensors
+
+Tensors = dict[str, Any]
+SAMPLE = 4
+"""Images at each end of the batch whose every output is compared."""
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One pass of one convolution with the prologue and epilogue of its role in a block."""
+
+    problem: ConvProblem
+    kind: str
+    role: str
+    affine: bool = False
+    """The input is relu(x * scale + shift), formed on load."""
+    coeffs: bool = False
+    """dy is A * dz + B * y + C, formed on load."""
+    stats: bool = False
+    """fprop's statistics, dgrad's mask and sums: in the epilogue."""
+    residual: bool = False
+    """dgrad adds another gradient of its input."""
+
+    @property
+    def variant(self) -> str:
+        return pass_name(self.kind, prologue=self.affine or self.coeffs, epilogue=self.stats)
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}{'+res' * self.residual} {problems.Layer(self.problem, self.role, 1).name}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.problem.dtype)
+
+    def inputs(self, device: str, *, empty: bool = False) -> Tensors:
+        """Random inputs; with ``empty`` uninitialised ones, for a compilation that reads nothing."""
+        p = self.problem
+
+        def image(c: int, h: int, w: int) -> torch.Tensor:
+            if empty:
+                return torch.empty((p.N, h, w, c), dtype=self.dtype, device=device).permute(0, 3, 1, 2)
+            return tensors.image(p.N, c, h, w, self.dtype, device)
+
+        acc = torch.float64 if self.dtype == torch.float64 else torch.float32
+        t: Tensors = {"w": tensors.weight(p, device)}
+        if self.kind != "dgrad":
+            t["x"] = image(p.Ci, p.H, p.W)
+        if self.kind != "fprop":
+            t["dy"] = image(p.Co, p.P, p.Q)
+        if self.affine:
+            t["affine"] = tensors.channels(2, p.Ci, device, acc) - torch.tensor(
+                [[0.0], [1.0]], device=device, dtype=acc
+            )
+        if self.coeffs:
+            t["y"] = image(p.Co, p.P, p.Q)
+            t["coeffs"] = tensors.channels(3, p.Co, device, acc) * 0.5
+        if self.kind == "dgrad" and self.stats:
+            t["mask_input"] = image(p.Ci, p.H, p.W)
+            offset = torch.tensor([[1.0], [0.0], [0.0], [1.0]], device=device, dtype=acc)
+            t["mask_stats"] = tensors.channels(4, p.Ci, device, acc) - offset
+        if self.residual:
+            t["residual"] = image(p.Ci, p.H, p.W)
+        return t
+
+    def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
+        """The kernel: (output, tiles or None)."""
+        if self.kind == "fprop":
+            return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=t.get("affine"), stats=self.stats)
+        if self.kind == "dgrad":
+            extra = {name: t.get(name) for name in ("y", "coeffs", "mask_input", "mask_stats", "residual")}
+            return conv_dgrad(t["dy"], t["w"], self.problem, config, **extra)
+        extra = {"y": t.get("y"), "coeffs": t.get("coeffs"), "input_affine": t.get("affine")}
+        return conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype, **extra), None
+
+    def vendor(self, t: Tensors) -> torch.Tensor:
+        """The vendor's convolution alone."""
+        p = self.problem
+        if self.kind == "fprop":
+            return vendor.conv_fprop(t["x"], t["w"], p)
+        if self.kind == "dgrad":
+            like = t.setdefault("like", torch.empty_strided((p.N, p.Ci, p.H, p.W), _nhwc(p), dtype=self.dtype,
+                                                            device=t["dy"].device))  # fmt: skip
+            return vendor.conv_dgrad(t["dy"], like, t["w"], p)
+        return vendor.conv_wgrad(t["x"], t["dy"], t["w"], p)
+
+    def passes_bytes(self) -> int:
+        """Bytes of the passes that the vendor's way needs besides. dgrad and wgrad share the one that forms dy."""
+        p, itemsize = self.problem, self.dtype.itemsize
+        x, y = p.N * p.H * p.W * p.Ci * itemsize, p.M * p.Co * itemsize
+        total = 0
+        if self.kind == "fprop":
+            total += 2 * x * self.affine + y * self.stats
+        else:
+            total += 3 * y // 2 * self.coeffs
+        if self.kind == "dgrad":
+            total += 3 * x * (self.stats or self.residual)
+        return total
+
+    def mathematics(self, t: Tensors, dtype: torch.dtype) -> torch.Tensor:
+        """What eager PyTorch computes, each result rounded to ``dtype``: eager in the inputs' own, an oracle above."""
+        acc = torch.promote_types(dtype, torch.float32)
+
+        def row(name: str, index: int) -> torch.Tensor:
+            return t[name][index].to(acc)[None, :, None, None]
+
+        p, w = self.problem, t["w"].to(dtype)
+        x, dy = (t[name].to(dtype) if name in t else None for name in ("x", "dy"))
+        if self.affine:
+            x = torch.relu(x.to(acc) * row("affine", 0) + row("affine", 1)).to(dtype)
+        if self.coeffs:
+            dy = row("coeffs", 0) * dy.to(acc) + row("coeffs", 1) * t["y"].to(acc) + row("coeffs", 2)
+            dy = dy.to(dtype)
+        if self.kind == "fprop":
+            return vendor.conv_fprop(x, w, p)
+        if self.kind == "wgrad":
+            return vendor.conv_wgrad(x, dy, w, p)
+        like = torch.empty_strided((dy.shape[0], p.Ci, p.H, p.W), _nhwc(p), dtype=dtype, device=dy.device)
+        dx = vendor.conv_dgrad(dy, like, w, p)
+        if self.residual:
+            dx = dx + t["residual"].to(dtype)
+        if self.stats:
+            dx = torch.where(self._normalised(t) <= 0, torch.zeros((), dtype=dtype, device=dx.device), dx)
+        return dx
+
+    @staticmethod
+    def _normalised(t: Tensors) -> torch.Tensor:
+        stats = t["mask_stats"]
+        return t["mask_input"].to(stats.dtype) * stats[2][None, :, None, None] + stats[3][None, :, None, None]
+
+    def check(self, t: Tensors, config: GemmConfig) -> dict[str, dict[str, Any]]:
+        """Runs the kernel on poisoned memory and judges everything that it returns."""
+        with errors.poisoned():
+            out, tiles = self.ours(t, config)
+        high = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else torch.float64
+        found = {}
+        if self.kind == "wgrad":
+            with errors.exact_float32():
+                oracle = self.mathematics(t, high)
+            found["dw"] = errors.judge(out, self.mathematics(t, self.dtype), oracle)
+            return found
+        sample, part = self._ends(t)
+        with errors.exact_float32():
+            oracle = self.mathematics(sample, high)
+        eager, ours = self.mathematics(sample, self.dtype), out[part]
+        if self.kind == "dgrad" and self.stats:
+            # Whether a value this near to zero passes depends on whether a multiply and an add were fused.
+            clear = self._normalised(sample).abs() > 1e-5
+            ours, eager, oracle = (r * clear for r in (ours, eager, oracle))
+        found["y" if self.kind == "fprop" else "dx"] = errors.judge(ours, eager, oracle)
+        if not bool(torch.isfinite(out).all()):
+            found["whole output"] = {"rms": float("inf"), "failed": "N", "ok": False}
+        if tiles is not None:
+            found.update(self._check_tiles(t, out, tiles))
+        return found
+
+    def _check_tiles(self, t: Tensors, out: torch.Tensor, tiles: Any) -> dict[str, dict[str, Any]]:
+        rows = out.permute(0, 2, 3, 1).flatten(0, 2)
+        if self.kind == "fprop":
+            return {"statistics": errors.judge_moments(tiles.data, tiles.rows_per_tile, rows)}
+        centred = t["mask_input"].permute(0, 2, 3, 1).flatten(0, 2).to(t["mask_stats"].dtype) - t["mask_stats"][0]
+        dz = rows.to(centred.dtype)
+        return {"sum dz": errors.judge_sums(tiles[0], dz), "sum dz*(y-mean)": errors.judge_sums(tiles[1], dz * centred)}
+
+    def _ends(self, t: Tensors) -> tuple[Tensors, Any]:
+        n = self.problem.N
+        part = list(range(n)) if n <= 2 * SAMPLE else [*range(SAMPLE), *range(n - SAMPLE, n)]
+        per_image = ("x", "dy", "y", "mask_input", "residual")
+        return {name: v[part].contiguous(memory_format=torch.channels_last) if name in per_image else v
+                for name, v in t.items()}, part  # fmt: skip
+
+
+def _nhwc(p: ConvProblem) -> tuple[int, int, int, int]:
+    return p.H * p.W * p.Ci, 1, p.W * p.Ci, p.Ci
+
+
+def cases(layer: problems.Layer, kinds: tuple[str, ...] = ("fprop", "dgrad", "wgrad")) -> list[ConvCase]:
+    """The passes of a layer as its role in a block has them; none of the stem's, which is the vendor's."""
+    p, role = layer.problem, layer.role
+    if role == "stem":
+        return []
+    pointwise, first = p.is_pointwise, role in ("conv1", "projection")
+    # A projection's gradient stays on the pixels that it sampled: conv1's dgrad adds it to its own.
+    compact = p.sampled() if role == "projection" else p
+    make: dict[str, Callable[[], ConvCase]] = {
+        "fprop": lambda: ConvCase(p, "fprop", role, affine=role == "conv3", stats=True),
+        "dgrad": lambda: ConvCase(compact, "dgrad", role, coeffs=pointwise, stats=not first, residual=role == "conv1"),
+        "wgrad": lambda: ConvCase(p, "wgrad", role, coeffs=pointwise, affine=role == "conv3"),
+    }
+    return [make[kind]() for kind in kinds]

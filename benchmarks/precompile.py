@@ -1,0 +1,78 @@
+"""Compiles kernels ahead, in processes of their own, into the cache that the measuring process reads.
+
+A worker needs no GPU: Triton is told what the target is, tensors are uninitialised memory on the CPU that nobody
+touches, and every launch stops after the compilation.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+from .cases import ConvCase
+
+
+class _TargetOnly:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def become_compiler(capability: int) -> None:
+    """From here on this process compiles what it is asked to launch, for ``capability``, and launches nothing."""
+    import torch
+    import triton
+    from triton.runtime import JITFunction
+
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(_TargetOnly(capability))
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})
+
+
+def compile_case(case: ConvCase, config: Any) -> str:
+    """Compiles one; says what was wrong, or nothing."""
+    try:
+        case.ours(case.inputs("cpu", empty=True), config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""
+
+
+class Ahead:
+    """Compilations under way, by (case, config). ``wait`` returns when one is done (or hopeless)."""
+
+    def __init__(self, jobs: Iterable[tuple[ConvCase, Any]], capability: int, *, workers: int | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        workers = workers or max(1, min(15, (os.cpu_count() or 2) - 1))
+        self._pool = ProcessPoolExecutor(workers, context, become_compiler, (capability,))
+        self._futures: dict[tuple[ConvCase, Any], Future[str]] = {}
+        for case, config in jobs:
+            self._futures[case, config] = self._pool.submit(compile_case, case, config)
+
+    def wait(self, case: ConvCase, config: Any, timeout: float = 60) -> str:
+        future = self._futures.get((case, config))
+        if future is None:
+            return ""
+        try:
+            return future.result(timeout)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:500]
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
