@@ -59,22 +59,21 @@ def optimizer_cost(parameters: Iterable[torch.Tensor], optimizer: str | None) ->
     return Cost(0, OPTIMIZER_PASSES[optimizer] * size, 1 if size else 0)
 
 
-def eager_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Cost | None:
-    """What one dispatched ATen operator costs in eager PyTorch; ``None`` where nothing is launched (a view, say).
+def eager_costs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Cost]:
+    """What one dispatched ATen operator costs in eager PyTorch; empty where nothing is launched (a view, say).
 
     ``func`` is the ``OpOverload``; ``args``, ``kwargs`` and ``out`` are the tensors it saw and made, data or none.
     """
     name = func._schema.name.split("::")[-1]
     inputs, outputs = _tensors((*args, *kwargs.values())), _tensors((out,))
     if func.is_view or torch.Tag.inplace_view in func.tags or name in _FREE or not outputs:
-        return None
+        return []
+    if name == "convolution_backward":
+        return _convolution_backward(func, args, out)
     count = flop_registry.get(func._overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-    launches = 1
     if name == "convolution":
         moved = _sampled_bytes(args[0], args[1], args[3]) + _bytes(inputs[1:]) + _bytes(outputs)
-    elif name == "convolution_backward":
-        moved, launches = _convolution_backward(args, out)
     elif name in _BN_FORWARD:
         moved = _bytes(inputs) + _bytes(outputs) + (_bytes(inputs[:1]) if _trains(args) else 0)
     elif name in _BN_BACKWARD:
@@ -83,20 +82,21 @@ def eager_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any)
         moved = _bytes(inputs[1:]) + _bytes(outputs)
     else:
         moved = _bytes(inputs) + _bytes(outputs)
-    return Cost(flops, moved, launches)
+    return [Cost(flops, moved)]
 
 
-def _convolution_backward(args: Sequence[Any], out: Any) -> tuple[int, int]:
+def _convolution_backward(func: Any, args: Sequence[Any], out: Any) -> list[Cost]:
+    """dgrad, wgrad and the bias's sum, whichever are asked for."""
     dy, x, weight, stride, mask = args[0], args[1], args[2], args[4], args[-1]
-    dx, dw, db = out
-    moved = 0
-    if mask[0]:
-        moved += _bytes([dy, weight, dx])
-    if mask[1]:
-        moved += _bytes([dy, dw]) + _sampled_bytes(x, weight, stride)
-    if mask[2]:
-        moved += _bytes([dy, db])
-    return moved, sum(mask)
+    moved = ([dy, weight, out[0]], [dy, out[1]], [dy, out[2]])
+    extra = (0, _sampled_bytes(x, weight, stride), 0)
+    costs = []
+    for i in range(3):
+        if mask[i]:
+            alone = [j == i for j in range(3)]
+            flops = flop_registry[func._overloadpacket](*args[:-1], alone, out_val=out) if i < 2 else 0
+            costs.append(Cost(int(flops), _bytes(moved[i]) + extra[i]))
+    return costs
 
 
 def _sampled_bytes(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int]) -> int:

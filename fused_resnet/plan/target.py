@@ -104,7 +104,7 @@ _assumed = _Assumed()
 
 @contextmanager
 def assume(assumption: Assumption) -> Iterator[None]:
-    """Plans made inside, on this thread, are for ``assumption`` whatever the device: ``explain`` sees another GPU so."""
+    """Plans made inside, on this thread, are for ``assumption`` whatever the device. For ``explain``."""
     before = _assumed.current
     _assumed.current = assumption
     try:
