@@ -61,10 +61,11 @@ class PassCase:
         """The planner's. The interpreter's cost here is per element: a rehearsal takes small ones."""
         if self.interpreter:
             return PassConfig(64, 16, 1)
+        if self.kind.startswith("stem"):
+            return PassConfig(32, min(64, self.C), 4)
         reduces = self.kind == "bn_stats" or "reduce" in self.kind
         choose = reduce_config if reduces else pass_config
-        rows = self.rows // 4 + 1 if self.kind == "stem_pool" else self.rows
-        return choose(rows, self.C, self.dtype.itemsize, sm_count, interpreter=self.interpreter)
+        return choose(self.rows, self.C, self.dtype.itemsize, sm_count, interpreter=self.interpreter)
 
     def inputs(self, device: str, *, empty: bool = False) -> Tensors:
         """Random inputs of the kind; with ``empty`` uninitialised ones, for a compilation that reads nothing."""

@@ -76,8 +76,8 @@ def _shape_key(p: ConvProblem) -> str:
 
 
 def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False) -> str:
-    """``"fprop"``, ``"dgrad"`` or ``"wgrad"``; ``"+in"`` where an operand is formed on load, ``"+out"`` where the epilogue
-    masks, reduces or takes statistics."""
+    """``kind`` of PASSES; ``"+in"`` where an operand is formed on load, ``"+out"`` where the epilogue masks, reduces or
+    takes statistics."""
     if kind not in PASSES:
         raise ValueError(f"kind must be one of {PASSES}, not {kind!r}")
     return kind + ("+in" if prologue else "") + ("+out" if epilogue else "")
