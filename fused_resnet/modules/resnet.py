@@ -26,7 +26,7 @@ class ResNet(reference.ResNet):
     def stem(self, x: Tensor) -> Tensor:
         if not (may_fuse(x, self.conv1, self.bn1) and is_untouched(self.relu, nn.ReLU)):
             return super().stem(x)
-        conv, bn = functional.conv_of(self.conv1), functional.batch_norm_of(self.bn1)
+        conv, bn = functional.conv_of(self.conv1), functional.batch_norm_of(self.bn1)  # type: ignore[arg-type]
         if is_stem_pool(self.maxpool) and conv.dilation == (1, 1) and conv.groups == 1:
             return functional.stem(x, conv.weight, bn, stride=conv.stride, padding=conv.padding)
         return self.maxpool(functional.conv_bn_relu(x, bn=bn, **conv._asdict()))

@@ -11,7 +11,7 @@ from torch import nn
 from fused_resnet import reference
 from fused_resnet.modules import resnet as fused
 
-pytestmark = pytest.mark.quick
+quick = pytest.mark.quick
 
 BUILDERS: list[tuple[str, dict[str, Any]]] = [
     ("resnet18", {}),
@@ -31,6 +31,7 @@ BUILDERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@quick
 @pytest.mark.parametrize(("name", "options"), BUILDERS)
 def test_keys_shapes_and_geometry_are_the_references(name: str, options: dict[str, Any]) -> None:
     with torch.device("meta"):
@@ -42,6 +43,7 @@ def test_keys_shapes_and_geometry_are_the_references(name: str, options: dict[st
         assert (a.stride, a.padding, a.dilation, a.groups) == (b.stride, b.padding, b.dilation, b.groups)
 
 
+@quick
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -71,6 +73,7 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     return getattr(fused, name)(weights=theirs.state_dict(), **options), theirs
 
 
+@quick
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("small_input", [True, False])
 def test_stem(training: bool, small_input: bool) -> None:
@@ -81,6 +84,7 @@ def test_stem(training: bool, small_input: bool) -> None:
         torch.testing.assert_close(ours.bn1.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
+@quick
 def test_stem_steps_aside_for_hooks_and_strangers() -> None:
     ours, theirs = pair("resnet18", width=8)
     x = torch.randn(2, 3, 14, 12)
@@ -108,13 +112,13 @@ def test_stem_steps_aside_for_hooks_and_strangers() -> None:
     ],
 )
 def test_small_networks_agree(name: str, options: dict[str, Any]) -> None:
-    ours, theirs = pair(name, **options)
-    x = torch.randn(4, 3, 12, 12)
+    ours, theirs = (net.double() for net in pair(name, **options))  # no ReLU near zero decides otherwise
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     outs, grads = [], []
     for net in (ours, theirs):
         torch.manual_seed(0)
         outs.append(net(x))
         grads.append(torch.autograd.grad(outs[-1].square().sum(), [net.conv1.weight, net.fc.weight]))
-    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*outs)
     for a, b in zip(*grads, strict=True):
-        assert (a - b).norm() <= 2e-3 * b.norm()
+        torch.testing.assert_close(a, b)
