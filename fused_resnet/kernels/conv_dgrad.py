@@ -19,11 +19,13 @@ import triton
 import triton.language as tl
 
 from .common import affine, relu_grad
-from .implicit_gemm import split_rows, tap_bits
+from .implicit_gemm import load_rows, split_rows, tap_bits
 
 
 @triton.jit
-def class_taps(k, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr):
+def class_taps(
+    k, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr
+):
     """Of the k-th class along one dimension: its first pixel, its first tap, how many taps, the first tap's offset."""
     c = (k + STRIDE - PADDING % STRIDE) % STRIDE
     first = k * 0 + R
@@ -119,6 +121,7 @@ def conv_dgrad_kernel(
         p0 = hc + offset_p
         q0 = wc + offset_q
         row = (n * P + p0) * Q + q0
+    bits = row
     if not POINTWISE:
         bits = tap_bits(p0, q0, P, Q, -STEP_P, -STEP_Q, R, S)
     offs_a = row.to(tl.int64)[:, None] * Co + offs_k[None, :]
@@ -136,16 +139,8 @@ def conv_dgrad_kernel(
         j_s = tap % taps_s
         offs_tap = k0 - (j_r * STEP_P * Q + j_s * STEP_Q) * Co
         mask_k = offs_k < Co - k0
-        if not POINTWISE:
-            inside = ((bits >> (j_r * S + j_s)) & 1) != 0
-        if POINTWISE and EVEN_K:
-            a = tl.load(dy_ptr + offs_a + offs_tap)
-        elif POINTWISE:
-            a = tl.load(dy_ptr + offs_a + offs_tap, mask=mask_k[None, :], other=0.0)
-        elif EVEN_K:
-            a = tl.load(dy_ptr + offs_a + offs_tap, mask=inside[:, None], other=0.0)
-        else:
-            a = tl.load(dy_ptr + offs_a + offs_tap, mask=inside[:, None] & mask_k[None, :], other=0.0)
+        inside = ((bits >> (j_r * S + j_s)) & 1) != 0
+        a = load_rows(dy_ptr + offs_a + offs_tap, inside, mask_k, not POINTWISE, not EVEN_K)
         w_tap = w_ptrs + (((first_r + j_r * STEP_R) * S + first_s + j_s * STEP_S) * Ci + k0.to(tl.int64) * (R * S * Ci))
         if EVEN_K and EVEN_N:
             b = tl.load(w_tap)
@@ -159,10 +154,7 @@ def conv_dgrad_kernel(
             if HAS_Y:
                 y_scale = tl.load(coeffs_ptr + Co + k0 + offs_k, mask=mask_k, other=0.0)
                 shift = tl.load(coeffs_ptr + 2 * Co + k0 + offs_k, mask=mask_k, other=0.0)
-                if EVEN_K:
-                    y = tl.load(y_ptr + offs_a + offs_tap)
-                else:
-                    y = tl.load(y_ptr + offs_a + offs_tap, mask=mask_k[None, :], other=0.0)
+                y = load_rows(y_ptr + offs_a + offs_tap, inside, mask_k, not POINTWISE, not EVEN_K)
                 scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])
             a = scaled.to(dy_ptr.dtype.element_ty)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .common import affine, relu
-from .implicit_gemm import split_rows, tap_bits
+from .implicit_gemm import load_rows, split_rows, tap_bits
 
 
 @triton.jit
@@ -75,6 +75,7 @@ def conv_fprop_kernel(
         h0 = p * STRIDE_H - PADDING_H
         w0 = q * STRIDE_W - PADDING_W
         row = (n * H + h0) * W + w0
+    bits = row
     if not POINTWISE:
         bits = tap_bits(h0, w0, H, W, DILATION_H, DILATION_W, R, S)
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * Ci + offs_k[None, :]
@@ -88,28 +89,15 @@ def conv_fprop_kernel(
         x_tap = x_ptrs + ((tap // S * DILATION_H * W + tap % S * DILATION_W) * Ci + k0)
         w_tap = w_ptrs + (tap * Ci + k0)
         mask_k = offs_k < Ci - k0
-        if not POINTWISE:
-            inside = ((bits >> tap) & 1) != 0
-        if POINTWISE and EVEN_K:
-            a = tl.load(x_tap)
-        elif POINTWISE:
-            a = tl.load(x_tap, mask=mask_k[None, :], other=0.0)
-        elif EVEN_K:
-            a = tl.load(x_tap, mask=inside[:, None], other=0.0)
-        else:
-            a = tl.load(x_tap, mask=inside[:, None] & mask_k[None, :], other=0.0)
+        inside = ((bits >> tap) & 1) != 0
+        a = load_rows(x_tap, inside, mask_k, not POINTWISE, not EVEN_K)
         if EVEN_K:
             b = tl.load(w_tap)
         else:
             b = tl.load(w_tap, mask=mask_k[:, None], other=0.0)
         if HAS_INPUT_AFFINE:
-            affine_ptrs = input_affine_ptr + k0 + offs_k
-            if EVEN_K:
-                scale = tl.load(affine_ptrs)
-                shift = tl.load(affine_ptrs + Ci)
-            else:
-                scale = tl.load(affine_ptrs, mask=mask_k, other=0.0)
-                shift = tl.load(affine_ptrs + Ci, mask=mask_k, other=0.0)
+            scale = tl.load(input_affine_ptr + k0 + offs_k, mask=mask_k, other=0.0)
+            shift = tl.load(input_affine_ptr + Ci + k0 + offs_k, mask=mask_k, other=0.0)
             a = relu(affine(a.to(ACC), scale[None, :], shift[None, :])).to(x_ptr.dtype.element_ty)
             if not POINTWISE:
                 a = tl.where(inside[:, None], a, 0.0)

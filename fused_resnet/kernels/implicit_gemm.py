@@ -30,3 +30,16 @@ def split_rows(offs_m, I, J):  # noqa: E741
     row = offs_m // J
     n = row // I
     return n, row - n * I, offs_m - row * J
+
+
+@triton.jit
+def load_rows(ptrs, inside, mask_k, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr):
+    """A [rows, BLOCK_K] tile, zero where a masked row is not ``inside`` or a masked column not in ``mask_k``."""
+    if MASK_ROWS and MASK_K:
+        return tl.load(ptrs, mask=inside[:, None] & mask_k[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(ptrs, mask=inside[:, None], other=0.0)
+    elif MASK_K:
+        return tl.load(ptrs, mask=mask_k[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
