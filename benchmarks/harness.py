@@ -47,7 +47,7 @@ class Context:
     def __init__(self, stage: str, out: Path, deadline: float, marker: Path, device: Device, limit: int = 0) -> None:
         self.stage, self.out, self.deadline, self.marker, self.device, self.limit = (
             stage, out, deadline, marker, device, limit)  # fmt: skip
-        self.path = out / f"{stage}.json"
+        self.path = path_of(out, stage)
         self.document = read(self.path) or {"stage": stage, "results": {}}
         self.document["facts"] = {**(read(out / "facts.json") or {}).get("facts", {}), **device.facts()}
 
@@ -106,6 +106,11 @@ class Context:
         except Exception:
             return False
         return True
+
+
+def path_of(out: Path, stage: str) -> Path:
+    """A stage's file. The tune stage's is a table as it stands."""
+    return out / ("tuned.json" if stage == "tune" else f"{stage}.json")
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -177,9 +182,9 @@ def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit
             running = json.loads(marker.read_text() or "{}")
             if running:
                 result = {"error": problem, "seconds": round(time.time() - running["since"], 1)}
-                document = read(out / f"{stage}.json") or {"stage": stage, "results": {}}
+                document = read(path_of(out, stage)) or {"stage": stage, "results": {}}
                 document["results"][running["item"]] = result
-                write(out / f"{stage}.json", document)
+                write(path_of(out, stage), document)
                 show(stage, running["item"], result)
             elif problem != POISONED_TEXT:
                 print(f"[{stage}] {problem}; the stage is left", flush=True)
@@ -241,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     end = time.time() + options.minutes * 60
     for name in [stage for stage in STAGES if stage in chosen]:
         if options.fresh:
-            (options.out / f"{name}.json").unlink(missing_ok=True)
+            path_of(options.out, name).unlink(missing_ok=True)
         minutes = budgets.get(name, STAGES[name][0])
         seconds = min(minutes * 60, end - time.time())
         if seconds < 10:

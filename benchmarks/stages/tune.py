@@ -1,2 +1,127 @@
-def items(context):
-    return iter(())
+"""Measures the candidate configurations of every pass of every layer, the costliest first, and writes a table.
+
+``tuned.json`` is a table of ``fused_resnet/plan/tables.py`` as it stands: each entry holds the fastest configuration
+whose results are right, its time, and the vendor's beside it. The planner takes whichever was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fused_resnet.launch.record import record_launches
+from fused_resnet.plan import tables
+from fused_resnet.plan.candidates import candidates
+from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.target import Target
+
+from .. import problems
+from ..cases import ConvCase
+from ..harness import Context, Item, failure
+from ..precompile import Ahead
+from ..timing import floor_us, interleave, rotation
+from .kernels import conv_cases, target_of
+
+FINALISTS = 3
+
+
+def items(context: Context) -> Iterator[Item]:
+    target = target_of(context)
+    facts = context.document["facts"]
+    context.document |= {"version": tables.VERSION, "gpu": facts.get("gpu"), "facts": facts}
+    context.document.setdefault("entries", {})
+    todo = [case for case, _ in conv_cases(context, (50, 18)) if case.name not in context.results]
+    ahead = None
+    if not context.dry:
+        ahead = Ahead(((case, config) for case in todo for config in _candidates(context, case, target)), target.sm)
+    try:
+        for case in todo:
+            yield case.name, lambda c=case: _tune(context, c, target, ahead)
+    finally:
+        if ahead is not None:
+            ahead.stop()
+
+
+def _candidates(context: Context, case: ConvCase, target: Target) -> list[GemmConfig]:
+    if context.dry:  # the interpreter's own, and one more so that there is something to choose from
+        return [*candidates(case.problem, case.kind, target, 1), GemmConfig(64, 64, 64)]
+    return candidates(case.problem, case.kind, target)
+
+
+def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None) -> dict[str, Any]:
+    device = context.device
+    sets = [case.inputs(device.name) for _ in range(rotation(device, problems.conv_bytes(case.problem), limit=8))]
+    calls, refused = {}, {}
+    for config in _candidates(context, case, target):
+        complaint = ahead.wait(case, config) if ahead is not None else ""
+        if not complaint:
+            try:
+                case.ours(sets[0], config)
+            except Exception as error:
+                complaint = failure(error)["error"][:200]
+        if complaint:
+            refused[str(config)] = complaint
+        else:
+            calls[config] = [lambda t=t, c=config: case.ours(t, c) for t in sets]
+    device.synchronize()
+    heats = interleave(device, {str(config): call for config, call in calls.items()}, samples=4)
+    order = sorted(calls, key=lambda config: heats[str(config)].us)
+    right, wrong = [], {}
+    for config in order:
+        if len(right) == FINALISTS:
+            break
+        verdicts = case.check(sets[0], config)
+        failed = {name: v for name, v in verdicts.items() if not v["ok"]}
+        if failed:
+            wrong[str(config)] = failed
+        else:
+            right.append(config)
+    final = {"vendor": [lambda t=t: case.vendor(t) for t in sets]} | {str(c): calls[c] for c in right}
+    timings = interleave(device, final, samples=16)
+    best = min(right, key=lambda config: timings[str(config)].us, default=None)
+    entry = _entry(context, case, sets[0], best, timings)
+    context.document["entries"].setdefault(tables.problem_key(case.problem), {})[case.variant] = entry
+    ours = "none right" if best is None else f"{entry['us']:.0f} us ({entry['us'] / entry['floor_us']:.2f}x)"
+    tile = "" if best is None else f" {best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps} s{best.num_stages}"
+    split = f" split {best.split}" if best is not None and best.split > 1 else ""
+    line = f"{ours}, vendor {entry['vendor_us']:.0f} + {entry['passes_us']:.0f}{tile}{split}, {len(calls)} tried"
+    if refused or wrong:
+        line += f", {len(refused)} refused, {len(wrong)} WRONG"
+    heat = {name: round(timing.us, 1) for name, timing in heats.items()}
+    return {"entry": entry, "heats_us": heat, "refused": refused, "wrong": wrong, "line": line}
+
+
+def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, timings: Any) -> dict[str, Any]:
+    with record_launches() as launches:
+        if best is not None:
+            case.ours(t, best)
+    nbytes = sum(entry.bytes for entry in launches) or problems.conv_bytes(case.problem)
+    facts = context.document["facts"]
+    return {
+        "config": None if best is None else best.to_dict(),
+        "us": None if best is None else round(timings[str(best)].us, 2),
+        "vendor_us": round(timings["vendor"].us, 2),
+        "passes_us": round(case.passes_bytes() / (0.9 * context.ceilings["bytes_per_s"]) * 1e6, 2),
+        "floor_us": round(floor_us(context.ceilings, nbytes, case.problem.flops), 2),
+        "source": f"{str(facts.get('date', ''))[:10]}, {facts.get('commit')}, triton {facts.get('triton')}",
+    }
+
+
+def finish(context: Context) -> None:
+    """How often ours won, and what the choice is worth over a ResNet-50."""
+    table = tables.parse(context.document)
+    ours = vendor = chosen = 0.0
+    wins = count = 0
+    for case, times in conv_cases(context):
+        entry = table.get(tables.problem_key(case.problem), {}).get(case.variant)
+        if entry is None or entry.us is None or entry.vendor_us is None:
+            continue
+        other = entry.vendor_us + entry.passes_us
+        count, wins = count + 1, wins + (not entry.vendor_wins)
+        ours, vendor = ours + times * entry.us, vendor + times * other
+        chosen += times * min(entry.us, other)
+    print(
+        f"[tune] ours won {wins} of {count}; a ResNet-50's convolutions, ms: ours {ours / 1e3:.2f}, the vendor's "
+        f"with its passes {vendor / 1e3:.2f}, the choice {chosen / 1e3:.2f}",
+        flush=True,
+    )

@@ -1,0 +1,73 @@
+"""The command behind ``scripts/tune``: the tune stage on its own, and its table into the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .device import ROOT
+
+TUNED = ROOT / "fused_resnet" / "plan" / "tuned"
+
+
+def shipped(document: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the package of a tune stage's file: the choices and where they come from, not every sample."""
+    keep = ("gpu", "driver", "torch", "triton", "cuda", "cudnn", "commit", "date")
+    facts = {key: document["facts"].get(key) for key in keep}
+    return {"version": document["version"], "gpu": document["gpu"], "facts": facts, "entries": document["entries"]}
+
+
+def ship(source: Path, folder: Path = TUNED) -> Path:
+    """Writes the table of ``source`` to ``folder``/<gpu>.json, over what was there for the same passes only."""
+    from fused_resnet.plan.tables import VERSION, gpu_slug
+
+    document = json.loads(source.read_text())
+    if document.get("version") != VERSION or not document.get("entries"):
+        raise SystemExit(f"{source} holds no table of version {VERSION}")
+    table = shipped(document)
+    target = folder / f"{gpu_slug(document['gpu'])}.json"
+    before = harness.read(target) or {}
+    if before.get("version") == VERSION:
+        entries = dict(before["entries"])
+        for key, passes in table["entries"].items():
+            entries[key] = {**entries.get(key, {}), **passes}
+        table["entries"] = entries
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(_compact(table))
+    return target
+
+
+def _compact(table: dict[str, Any]) -> str:
+    """JSON with a line per pass: a diff of two tables reads well."""
+    lines = []
+    for key, passes in sorted(table["entries"].items()):
+        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(passes.items()))
+        lines.append(f"  {json.dumps(key)}: {{\n{rows}}}")
+    head = {name: value for name, value in table.items() if name != "entries"}
+    return json.dumps(head)[:-1] + ', "entries": {\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tune",
+        description="Measures candidate configurations of every convolution of ResNet-50 and ResNet-18 on this GPU, "
+        "the costliest first, and writes fused_resnet/plan/tuned/<gpu>.json. Interrupted, it goes on where it was.",
+    )
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "tune", help="folder of the full measurements")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is already in --out")
+    parser.add_argument("--ship", type=Path, metavar="TUNED.json", help="measure nothing: ship this file's table")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU; measures and ships nothing")
+    options = parser.parse_args(argv)
+    if options.ship is not None:
+        print(f"wrote {ship(options.ship)}")
+        return 0
+    arguments = ["--only", "facts,tune", "--out", str(options.out), "--minutes", str(options.minutes)]
+    arguments += ["--stage-minutes", f"tune={options.minutes}"] + ["--fresh"] * options.fresh + ["--dry"] * options.dry
+    status = harness.main(arguments)
+    if status == 0 and not options.dry:
+        print(f"wrote {ship(options.out / 'tuned.json')}")
+    return status
