@@ -1,10 +1,11 @@
 """Convolution, forward, as an implicit GEMM over NHWC memory.
 
-    y[m, co] = epilogue( sum over r, s, ci of  prologue(x)[n, p*stride + r*dilation - padding, q*..., ci] * w[co, r, s, ci] )
+    y[n, p, q, co] = epilogue( sum over r, s, ci of  prologue(x)[n, h, w, ci] * w[co, r, s, ci] )
+                     with h = p*stride - padding + r*dilation, and w likewise
 
-Row m = (n*P + p)*Q + q; the reduced index runs over blocks of Ci and, inside a block, over the R*S taps, which read almost
-the same pixels and find them in the cache. Programs of one M tile and neighbouring N tiles are adjacent, so x is read
-from memory once.
+Row m = (n*P + p)*Q + q; the reduced index runs over blocks of Ci and, inside a block, over the R*S taps, which read
+almost the same pixels and find them in the cache. Programs of one M tile and neighbouring N tiles are adjacent, so x
+is read from memory once.
 
 Reads   x [N*H*W, Ci], w [Co, R*S*Ci], input_affine [2, Ci], output_affine [2, Co], residual [M, Co].
 Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored.

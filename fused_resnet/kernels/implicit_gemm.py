@@ -1,6 +1,6 @@
 """Row geometry of the implicit GEMMs: which source pixel a row starts from, and which of its taps exist.
 
-A row of the GEMM is one pixel of the result. Its taps read the source plane [I, J] at (i0 + r*STEP_I, j0 + s*STEP_J) for
+A row of the GEMM is one pixel of the result. Its taps read the source plane [I, J] at (i0 + r*STEP_I, j0 + s*STEP_J),
 r < R, s < S. The source offset of a tap is the row's base offset plus a scalar that is the same for every row, so the
 loop adds one number per tap; whether the tap lies inside the plane is one bit per row, computed before the loop.
 """

@@ -20,7 +20,7 @@ DTYPES = {
 
 
 def require_nhwc(t: torch.Tensor, name: str = "tensor") -> None:
-    """A logical NCHW tensor whose memory is dense NHWC (strides of size-1 dimensions do not count). ValueError if not."""
+    """A logical NCHW tensor whose memory is dense NHWC (strides of size-1 dimensions do not count), or ValueError."""
     if t.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
     if not t.permute(0, 2, 3, 1).is_contiguous():

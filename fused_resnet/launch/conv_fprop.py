@@ -28,9 +28,9 @@ def conv_fprop(
 ) -> tuple[torch.Tensor, StatTiles | None]:
     """y = epilogue(conv(prologue(x), weight)) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
 
-    ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale, shift)
-    makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] and ``relu`` make the
-    epilogue, in this order. Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
+    ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale,
+    shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] and ``relu``
+    make the epilogue, in this order. Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
     """
     p = problem
     require_problem(p, x.dtype)
