@@ -3,11 +3,12 @@
     dx[n, h, w, ci] = sum over r, s, co of  prologue(dy)[n, p, q, co] * w[co, r, s, ci]
                       with p*stride = h + padding - r*dilation, and q likewise
 
-Which taps a pixel meets depends on (h mod stride, w mod stride) = (ch, cw) alone, its class. With h = hc*stride + ch, tap r
-counts if stride divides ch + padding - r*dilation. Those taps are r = first + j*STEP, STEP = stride/gcd(stride, dilation),
-and they read p = hc + offset - j*dilation/gcd(stride, dilation): a convolution of stride 1 over dy. The class
-ch = (kh - padding) mod stride has the taps with r*dilation = kh (mod stride); kh = 0 has tap 0 and is the heaviest, so it
-comes first. A class without taps writes zero (and the residual). One launch does all classes.
+Which taps a pixel meets depends on (h mod stride, w mod stride) = (ch, cw) alone, its class. With h = hc*stride +
+ch, tap r counts if stride divides ch + padding - r*dilation. Those taps are r = first + j*STEP, STEP =
+stride/gcd(stride, dilation), and they read p = hc + offset - j*dilation/gcd(stride, dilation): a convolution of
+stride 1 over dy. The class ch = (kh - padding) mod stride has the taps with r*dilation = kh (mod stride); kh = 0 has
+tap 0 and is the heaviest, so it comes first. A class without taps writes zero (and the residual). One launch does
+all classes.
 
 Reads   dy, y [N*P*Q, Co], w [Co, R*S*Ci], coeffs [3, Co], mask_input [N*H*W, Ci], mask_stats [4, Ci], residual.
 Writes  dx [N*H*W, Ci], tiles [2, T, Ci]: of dx as stored, per M tile, sum dz and sum dz*(mask_input - mean).

@@ -31,10 +31,11 @@ def conv_dgrad(
     """dx [N, Ci, H, W], and with ``mask_input`` the partial sums [2, T, Ci] of the gradient below its ReLU.
 
     ``dy`` [N, Co, P, Q] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``coeffs`` [3, Co] makes the
-    prologue A*dy, with ``y`` [N, Co, P, Q] (1x1 without padding only) A*dy + B*y + C. ``mask_input`` [N, Ci, H, W] zeroes
-    the result where mask_input*scale + shift <= 0 (``mask_stats`` [4, Ci]; without, where mask_input <= 0); the tiles hold
-    sum dz and sum dz*(mask_input - mean) (without mask_stats: zero). Instead of it, ``residual`` is added: [N, Ci, H, W], or
-    [N, Ci, ceil(H/s_h), ceil(W/s_w)] at every ``residual_stride``-th pixel. Raises ValueError for anything else.
+    prologue A*dy, with ``y`` [N, Co, P, Q] (1x1 without padding only) A*dy + B*y + C. ``mask_input`` [N, Ci, H,
+    W] zeroes the result where mask_input*scale + shift <= 0 (``mask_stats`` [4, Ci]; without, where mask_input
+    <= 0); the tiles hold sum dz and sum dz*(mask_input - mean) (without mask_stats: zero). Instead of it,
+    ``residual`` is added: [N, Ci, H, W], or [N, Ci, ceil(H/s_h), ceil(W/s_w)] at every ``residual_stride``-th
+    pixel. Raises ValueError for anything else.
     """
     p = problem
     require_problem(p, dy.dtype)
