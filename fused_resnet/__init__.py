@@ -1,6 +1,7 @@
 """Triton kernels that make ResNets train faster and in less memory on NVIDIA GPUs.
 
-``fused_resnet.Bottleneck`` and ``fused_resnet.BasicBlock`` stand in for torchvision's; the builders make whole networks.
+``fused_resnet.Bottleneck`` and ``fused_resnet.BasicBlock`` stand in for torchvision's; the builders make whole
+networks.
 """
 
 from . import functional, reference

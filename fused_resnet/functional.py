@@ -1,76 +1,51 @@
 """The typed public operations: conv + BatchNorm + ReLU (+ residual), alone and as whole residual blocks.
 
 Activations are [N, C, H, W] in float16, bfloat16 or float32 (float64 in Triton's interpreter); convolution weights are
-[Co, Ci / groups, R, S] in the same dtype, or float32 under autocast. BatchNorm parameters and running statistics are [C].
-Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy 2015, arXiv
-1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it, and updates the
-running statistics in place in training. Bad input raises ``ValueError`` or ``TypeError`` before anything is updated.
+[Co, Ci / groups, R, S] in the same dtype, or float32 under autocast. BatchNorm parameters and running statistics are
+[C]. Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy
+2015, arXiv 1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it,
+and updates the running statistics in place in training. Bad input raises ``ValueError`` or ``TypeError`` before
+anything is updated.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .arguments import (
+    BatchNorm,
+    Conv,
+    Pair,
+    batch_norm_of,
+    check_bn,
+    check_count,
+    check_image,
+    check_layer,
+    check_layers,
+    conv_of,
+)
 from .autograd import bn_act as bn_act_op
-from .autograd import chain, stem as stem_op
+from .autograd import chain
+from .autograd import stem as stem_op
 from .plan import planner
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
 from .reference import ops as reference
 
-Pair = tuple[int, int]
-
-
-class Conv(NamedTuple):
-    """A convolution without bias. ``weight``: [Co, Ci / groups, R, S]."""
-
-    weight: Tensor
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-
-class BatchNorm(NamedTuple):
-    """What a BatchNorm computes with, read at call time.
-
-    ``weight`` and ``bias`` may be None (1 and 0). ``training``: normalise with the batch's own statistics; the running ones,
-    if given, are then updated, and ``num_batches_tracked``, if given, counts up. ``momentum`` None is the cumulative average.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None = None
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    training: bool = True
-
-
-def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
-    """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
-    updates = module.training and module.track_running_stats
-    uses_running = not module.training or module.track_running_stats
-    return BatchNorm(
-        module.weight,
-        module.bias,
-        module.running_mean if uses_running else None,
-        module.running_var if uses_running else None,
-        module.num_batches_tracked if updates else None,
-        module.momentum,
-        module.eps,
-        module.training or (module.running_mean is None and module.running_var is None),
-    )
-
-
-def conv_of(module: nn.Conv2d) -> Conv:
-    """The record of an ``nn.Conv2d`` without bias and with zero padding."""
-    return Conv(module.weight, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "basic_block",
+    "batch_norm_of",
+    "bn_add_relu",
+    "bottleneck",
+    "conv_bn_relu",
+    "conv_of",
+    "stem",
+]
 
 
 # ---------------------------------------------------------------- public operations
@@ -103,7 +78,7 @@ def basic_block(
     route: str | None = None,
 ) -> Tensor:
     """Two conv-BN layers around a ReLU, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself."""
-    _check_layers(layers, 2)
+    check_layers(layers, 2)
     return _chain(x, layers, projection, residual=residual, identity=True, route=route)
 
 
@@ -115,8 +90,8 @@ def bottleneck(
     residual: Tensor | None = None,
     route: str | None = None,
 ) -> Tensor:
-    """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself."""
-    _check_layers(layers, 3)
+    """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual``, or x itself."""
+    check_layers(layers, 3)
     return _chain(x, layers, projection, residual=residual, identity=True, route=route)
 
 
@@ -124,12 +99,12 @@ def bn_add_relu(
     y: Tensor, bn: BatchNorm, residual: Tensor | None = None, *, relu: bool = True, route: str | None = None
 ) -> Tensor:
     """``relu(bn(y) + residual)``: all [N, C, H, W]."""
-    _check_image(y)
-    _check_bn(bn, y.shape[1], "bn")
+    check_image(y)
+    check_bn(bn, y.shape[1], "bn")
     if residual is not None and residual.shape != y.shape:
         raise ValueError(f"residual must have shape {tuple(y.shape)}, got {tuple(residual.shape)}")
     if bn.training:
-        _check_count(tuple(y.shape))
+        check_count(tuple(y.shape))
     request = _request(route)
     sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), y.numel(), request.route)
     if not _take(sm_count > 0, reason, request, "bn_add_relu"):
@@ -151,10 +126,10 @@ def stem(
     padding: int | Pair = 3,
     route: str | None = None,
 ) -> Tensor:
-    """``max_pool(relu(bn(conv(x))))`` with a 3x3 pooling of stride 2 and padding 1: [N, Ci, H, W] to [N, Co, P / 2, Q / 2]."""
+    """``max_pool(relu(bn(conv(x))))``, 3x3, stride 2, padding 1: [N, Ci, H, W] to [N, Co, ceil(P / 2), ceil(Q / 2)]."""
     conv = Conv(weight, _pair(stride), _pair(padding))
     dtype = _compute_dtype(x)
-    shape = _check_layer(x.shape, dtype, x.device, conv, bn, "conv")
+    shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route)
     keep = _needs_grad(x, (conv, bn))
     text, reason = planner.chain_plan_text(
@@ -193,13 +168,13 @@ def _chain(
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
     dtype = _compute_dtype(x)
-    _check_image(x)
+    check_image(x)
     shape = tuple(x.shape)
     for i, (conv, bn) in enumerate(layers):
-        shape = _check_layer(shape, dtype, x.device, conv, bn, f"conv{i + 1}")
+        shape = check_layer(shape, dtype, x.device, conv, bn, f"conv{i + 1}")
     shortcut = tuple(x.shape)
     if projection is not None:
-        shortcut = _check_layer(tuple(x.shape), dtype, x.device, *projection, "projection")
+        shortcut = check_layer(tuple(x.shape), dtype, x.device, *projection, "projection")
     elif residual is not None:
         shortcut = tuple(residual.shape)
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
@@ -381,67 +356,3 @@ def _take(fused: bool, reason: str, request: RouteRequest, operation: str) -> bo
         _said.add(reason)
         warnings.warn(f"fused_resnet runs plain PyTorch: {reason}", stacklevel=4)
     return False
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _check_layers(layers: Sequence[tuple[Conv, BatchNorm]], count: int) -> None:
-    if len(layers) != count:
-        raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
-
-
-def _check_image(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    if not x.is_floating_point():
-        raise TypeError(f"expected a floating-point input, got {x.dtype}")
-
-
-def _check_layer(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, conv: Conv, bn: BatchNorm, name: str
-) -> tuple[int, int, int, int]:
-    """The output's shape; raises where eager would, before anything is touched."""
-    if len(shape) != 4:
-        raise ValueError(f"expected 4D input (got {len(shape)}D input)")
-    n, ci, h, w = shape
-    weight = conv.weight
-    if weight.dim() != 4:
-        raise ValueError(f"{name}: the weight must be [Co, Ci / groups, R, S], got shape {tuple(weight.shape)}")
-    co, ci_per_group, r, s = weight.shape
-    if conv.groups < 1 or co % conv.groups or ci != ci_per_group * conv.groups:
-        raise ValueError(
-            f"{name}: a weight of shape {tuple(weight.shape)} in {conv.groups} group(s) expects "
-            f"{ci_per_group * conv.groups} input channels, got {ci}"
-        )
-    if weight.device != device:
-        raise ValueError(f"{name}: the input is on {device} and the weight on {weight.device}")
-    if weight.dtype != dtype and not torch.is_autocast_enabled(device.type):
-        raise TypeError(f"{name}: the input is {dtype} and the weight {weight.dtype}; use autocast, or one dtype")
-    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
-    if min(sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
-        raise ValueError(f"{name}: stride and dilation must be at least 1 and padding at least 0, got {conv[1:4]}")
-    p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
-    if min(p, q) < 1:
-        raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
-    _check_bn(bn, co, name)
-    if bn.training:
-        _check_count((n, co, p, q))
-    return n, co, p, q
-
-
-def _check_bn(bn: BatchNorm, channels: int, name: str) -> None:
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        t = getattr(bn, field)
-        if t is not None and tuple(t.shape) != (channels,):
-            raise ValueError(f"{name}: the BatchNorm's {field} must have shape ({channels},), got {tuple(t.shape)}")
-    if not bn.eps > 0:
-        raise ValueError(f"{name}: batch_norm eps must be positive, but got {bn.eps}")
-    if not bn.training and (bn.running_mean is None or bn.running_var is None):
-        raise ValueError(f"{name}: expected running_mean and running_var to be given when training=False")
-
-
-def _check_count(shape: Sequence[int]) -> None:
-    n, _, p, q = shape
-    if n * p * q == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

@@ -52,6 +52,7 @@ def _forward(
             counter=counter,
         )
     else:
+        assert running_mean is not None and running_var is not None
         stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(y))
     config = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
     return launch_act.bn_act(y, stats, config, residual=residual, relu=relu), stats
@@ -154,6 +155,6 @@ class _BNAct(torch.autograd.Function):
 
 
 def bn_act(settings: tuple[bool, float, float, bool, int, bool], *tensors: Tensor | None) -> Tensor:
-    """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter. ``tensors``: y, residual, gamma, beta,
-    running_mean, running_var, counter; the first two channels_last."""
+    """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter. ``tensors``: y, residual (both
+    channels_last), gamma, beta, running_mean, running_var, counter."""
     return _BNAct.apply(settings, *tensors)  # type: ignore[no-any-return]

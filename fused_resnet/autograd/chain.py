@@ -1,8 +1,8 @@
 """The operator behind ConvBNReLU, BasicBlock and Bottleneck: conv -> BN -> ReLU up to three times, and a residual.
 
 Two ``torch.library`` operators that a compiler sees as opaque calls, with fakes of exact shapes and strides, and an
-``autograd.Function`` over them. An operator's outputs are a fixed tuple: what a plan does not produce is an empty tensor.
-The plan travels as a string, so that backward runs what forward decided.
+``autograd.Function`` over them. An operator's outputs are a fixed tuple: what a plan does not produce is an empty
+tensor. The plan travels as a string, so that backward runs what forward decided.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _chain_forward(
     assert decoded.problem is not None
     slots = _slots(decoded.problem)
     layers = [
-        Layer(*tensors[len(FIELDS) * slot : len(FIELDS) * (slot + 1)], momentum, eps)  # type: ignore[arg-type]
+        Layer(*tensors[len(FIELDS) * slot : len(FIELDS) * (slot + 1)], momentum, eps)  # type: ignore[call-arg, arg-type]
         for slot, momentum, eps in zip(slots, momenta, epsilons, strict=True)
     ]
     saved = staged_forward.forward(decoded, x, residual, layers)

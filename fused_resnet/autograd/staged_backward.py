@@ -46,9 +46,6 @@ class Gradient(NamedTuple):
     y: Tensor | None
     coeffs: Tensor
 
-    def formed(self, passes: Passes) -> Formed:
-        return Formed(passes.grad_apply(self.dz, self.y, self.coeffs))
-
 
 class Formed(NamedTuple):
     """The gradient of one conv's output, formed."""
@@ -85,9 +82,24 @@ def wgrad(
     )
 
 
-def _needs_forming(conv: ConvPlan, dgrad: bool, wgrad: bool) -> bool:
-    used = [choice for choice, wanted in ((conv.dgrad, dgrad), (conv.wgrad, wgrad)) if wanted]
-    return bool(used) and (not conv.problem.is_pointwise or not all(choice.fused for choice in used))
+class _Step(NamedTuple):
+    """One conv-BN layer of the chain, seen from backward. ``input_stats`` None: the conv read its input as it is."""
+
+    conv: ConvPlan
+    layer: Layer
+    input: Tensor
+    input_stats: Tensor | None
+    y: Tensor | None
+    stats: Tensor
+    needs: Needs
+    wants_dgrad: bool
+
+    @property
+    def needs_forming(self) -> bool:
+        """Whether a kernel that will run wants dy formed before it: any but our 1x1 ones."""
+        wanted = ((self.conv.dgrad, self.wants_dgrad), (self.conv.wgrad, self.needs.weight and self.y is not None))
+        used = [choice for choice, runs in wanted if runs]
+        return bool(used) and not (self.conv.problem.is_pointwise and all(choice.fused for choice in used))
 
 
 def backward(
@@ -122,115 +134,65 @@ def backward(
     if problem.residual == "identity":
         dx_residual = dz
     elif plan.projection is not None and (needs_x or needs[-1].any):
-        projected = _layer_grad(passes, plan.projection, layers[-1], saved.stats[-1], tiles, 2, dz, y_projection)
-        grads[-1], dx_residual = _projection_backward(
-            passes, plan.projection, layers[-1], x, saved.stats[-1], projected, needs[-1], needs_x
-        )
-        residual_stride = plan.projection.problem.stride if plan.projection.dgrad.fused else (1, 1)
+        step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
+        grads[-1], gradient = _layer_backward(passes, step, dz, tiles, row=2 if batch else 1)
+        if needs_x:
+            dx_residual, residual_stride = _projection_grad(step, gradient)
 
     dx = None
     lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
-    row = 1
     for i in range(last, lowest - 1, -1):
-        conv, layer = plan.convs[i], layers[i]
-        layer_input, input_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
-        assert layer_input is not None
-        bn_grad, grad = _layer_grad(passes, conv, layer, saved.stats[i], tiles, row, dz, saved.ys[i] if batch else None)
-        wants_dgrad = needs_x if i == 0 else lowest < i
-        grads[i], grad = _parameter_grads(
-            passes,
-            conv,
-            layer,
-            layer_input,
-            input_stats if batch else None,
-            saved.stats[i],
-            bn_grad,
-            grad,
-            needs[i],
-            wants_dgrad,
+        below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
+        assert below is not None
+        step = _Step(
+            conv=plan.convs[i],
+            layer=layers[i],
+            input=below,
+            input_stats=below_stats if batch else None,
+            y=saved.ys[i] if batch else None,
+            stats=saved.stats[i],
+            needs=needs[i],
+            wants_dgrad=needs_x or lowest < i,
         )
-        if not wants_dgrad:
-            break
-        weight = operand(layer.weight, x.dtype)
-        if i == 0:
-            dx = input_grad(conv, weight, x, grad, dx_residual, residual_stride)
-        else:
-            dz, tiles = _masked_dgrad(passes, conv, weight, layer_input, input_stats, grad)
+        grads[i], gradient = _layer_backward(passes, step, dz, tiles, row=1)
+        if step.wants_dgrad and below_stats is not None:
+            dz, tiles = _masked_dgrad(passes, step, below_stats, gradient)
+        elif step.wants_dgrad:
+            weight = operand(step.layer.weight, x.dtype)
+            dx = input_grad(step.conv, weight, x, gradient, dx_residual, residual_stride)
     return dx, dresidual, grads
 
 
-def _layer_grad(
-    passes: Passes,
-    conv: ConvPlan,
-    layer: Layer,
-    stats: Tensor,
-    tiles: Tensor,
-    row: int,
-    dz: Tensor,
-    y: Tensor | None,
-) -> tuple[LayerGrad, Gradient]:
-    """The BN's parameter gradients and the gradient of its conv's output, from the merged partial sums."""
-    dgamma, dbeta, coeffs = bn_grad_finalize(tiles, stats, layer.gamma, conv.problem.M, row=row if passes.batch else 1)
-    # With frozen statistics dy = A*dz: B and C are not read.
-    return LayerGrad(None, dgamma, dbeta), Gradient(dz, y, coeffs)
-
-
-def _parameter_grads(
-    passes: Passes,
-    conv: ConvPlan,
-    layer: Layer,
-    layer_input: Tensor,
-    input_stats: Tensor | None,
-    stats: Tensor,
-    bn_grad: LayerGrad,
-    grad: Gradient,
-    needs: Needs,
-    wants_dgrad: bool,
+def _layer_backward(
+    passes: Passes, step: _Step, dz: Tensor, tiles: Tensor, row: int
 ) -> tuple[LayerGrad, Gradient | Formed]:
-    """dW, dgamma, dbeta of one layer; and the gradient, formed if a kernel that follows wants it formed."""
-    out_dtype = layer.weight.dtype
-    if passes.batch:
-        formed: Gradient | Formed = grad
-        if _needs_forming(conv, wants_dgrad, needs.weight):
-            formed = grad.formed(passes)
-        dw = None
-        if needs.weight:
-            dw = wgrad(passes, conv, layer.weight, layer_input, input_stats, formed, out_dtype)
-        return bn_grad._replace(weight=dw) if needs.bn else LayerGrad(dw), formed
-    # Frozen statistics: y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
-    dw, dgamma = None, None
-    if needs.any:
-        t = wgrad(passes, conv, layer.weight, layer_input, None, Formed(grad.dz), stats.dtype)
+    """dW, dgamma, dbeta of one layer, and the gradient of its conv's output: formed if a kernel wants it formed."""
+    conv, layer, stats = step.conv, step.layer, step.stats
+    dgamma, dbeta, coeffs = bn_grad_finalize(tiles, stats, layer.gamma, conv.problem.M, row=row)
+    gradient: Gradient | Formed = Gradient(dz, step.y, coeffs)  # without y (frozen statistics) dy = A*dz
+    if step.needs_forming:
+        gradient = Formed(passes.grad_apply(dz, step.y, coeffs))
+    dw = None
+    if passes.batch and step.needs.weight:
+        dw = wgrad(passes, conv, layer.weight, step.input, step.input_stats, gradient, layer.weight.dtype)
+    elif not passes.batch and step.needs.any:
+        # y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
+        t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)
         mean, rstd, scale = stats[0], stats[1], stats[2]
-        if needs.bn:
-            product = operand(layer.weight, layer_input.dtype).to(stats.dtype) * t
-            dgamma = rstd * (product.sum((1, 2, 3)) - mean * bn_grad.beta)
-        if needs.weight:
-            dw = (t * scale[:, None, None, None]).to(out_dtype)
-    formed = grad.formed(passes) if _needs_forming(conv, wants_dgrad, False) else grad
-    return LayerGrad(dw, dgamma, bn_grad.beta if needs.bn else None), formed
+        product = operand(layer.weight, step.input.dtype).to(stats.dtype) * t
+        dgamma = rstd * (product.sum((1, 2, 3)) - mean * dbeta)
+        dw = (t * scale[:, None, None, None]).to(layer.weight.dtype) if step.needs.weight else None
+    return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient
 
 
-def _projection_backward(
-    passes: Passes,
-    conv: ConvPlan,
-    layer: Layer,
-    x: Tensor,
-    stats: Tensor,
-    projected: tuple[LayerGrad, Gradient],
-    needs: Needs,
-    needs_x: bool,
-) -> tuple[LayerGrad, Tensor | None]:
-    """The projection's parameter gradients, and dx through it: compact (sampled pixels only) where our kernel runs."""
-    grads, grad = _parameter_grads(passes, conv, layer, x, None, stats, *projected, needs, needs_x)
-    if not needs_x:
-        return grads, None
-    weight = operand(layer.weight, x.dtype)
+def _projection_grad(step: _Step, gradient: Gradient | Formed) -> tuple[Tensor, tuple[int, int]]:
+    """dx through the projection and its stride: our kernel writes the sampled pixels of a 1x1 conv only."""
+    conv, weight = step.conv, operand(step.layer.weight, step.input.dtype)
     if conv.dgrad.config is None:
-        return grads, vendor.conv_dgrad(grad.dz, x, weight, conv.problem)
-    compact = conv.problem.sampled()
-    dx, _ = conv_dgrad(grad.dz, weight, compact, conv.dgrad.config, y=grad.y, coeffs=grad.coeffs)
-    return grads, dx
+        return vendor.conv_dgrad(gradient.dz, step.input, weight, conv.problem), (1, 1)
+    compact = conv.problem.sampled() if conv.problem.is_pointwise else conv.problem
+    dx, _ = conv_dgrad(gradient.dz, weight, compact, conv.dgrad.config, y=gradient.y, coeffs=gradient.coeffs)
+    return dx, conv.problem.stride if conv.problem.is_pointwise else (1, 1)
 
 
 def input_grad(
@@ -262,29 +224,25 @@ def input_grad(
 
 
 def _masked_dgrad(
-    passes: Passes,
-    conv: ConvPlan,
-    weight: Tensor,
-    layer_input: Tensor,
-    input_stats: Tensor | None,
-    grad: Gradient | Formed,
+    passes: Passes, step: _Step, below_stats: Tensor, gradient: Gradient | Formed
 ) -> tuple[Tensor, Tensor]:
     """dz of the layer below, behind its ReLU's mask, and the tiles of its BN's reductions."""
-    assert input_stats is not None
+    conv, below = step.conv, step.input
+    weight = operand(step.layer.weight, below.dtype)
     if conv.dgrad.config is None:
-        da = vendor.conv_dgrad(grad.dz, layer_input, weight, conv.problem)
+        da = vendor.conv_dgrad(gradient.dz, below, weight, conv.problem)
         if passes.batch:
-            return passes.grad_reduce(da, layer_input, input_stats)
-        return passes.grad_reduce(da, None, input_stats, out=layer_input)
+            return passes.grad_reduce(da, below, below_stats)
+        return passes.grad_reduce(da, None, below_stats, out=below)
     dz, tiles = conv_dgrad(
-        grad.dz,
+        gradient.dz,
         weight,
         conv.problem,
         conv.dgrad.config,
-        y=grad.y,
-        coeffs=grad.coeffs,
-        mask_input=layer_input,
-        mask_stats=input_stats if passes.batch else None,
+        y=gradient.y,
+        coeffs=gradient.coeffs,
+        mask_input=below,
+        mask_stats=below_stats if passes.batch else None,
     )
     assert tiles is not None
     return dz, tiles

@@ -7,7 +7,7 @@ and ReLU are the conv's epilogue, and the activation is what is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ..launch import bn_act, bn_act_grad, bn_stats, vendor
 from ..launch.conv_fprop import conv_fprop
 from ..launch.record import note
 from ..launch.tiles import StatTiles
+from ..plan.config import PassConfig
 from ..plan.passes import pass_config, reduce_config
 from ..plan.plans import ConvPlan, Plan
 
@@ -55,7 +56,7 @@ class Passes:
         self.plan = plan
         self.batch = plan.problem.batch_statistics
 
-    def _config(self, pick, t: Tensor):  # type: ignore[no-untyped-def]
+    def _config(self, pick: Callable[..., PassConfig], t: Tensor) -> PassConfig:
         n, c, h, w = t.shape
         return pick(n * h * w, c, t.element_size(), self.plan.sm_count, interpreter=self.plan.interpreter)
 
@@ -100,6 +101,13 @@ def finalize(layer: Layer, tiles: StatTiles) -> Tensor:
         eps=layer.eps,
         counter=layer.counter,
     )
+
+
+def frozen_stats(layer: Layer, x: Tensor) -> Tensor:
+    """[4, C] rows mean, rstd, scale, shift of a BN that normalises with its running statistics."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return bn_stats.bn_frozen(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps, dtype=dtype)
 
 
 def conv_only(conv: ConvPlan, weight: Tensor, x: Tensor) -> Tensor:
@@ -159,11 +167,7 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
     assert plan.problem is not None
     passes = Passes(plan)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = [
-        bn_stats.bn_frozen(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps, dtype=dtype)
-        for layer in layers
-    ]
+    stats = [frozen_stats(layer, x) for layer in layers]
 
     def conv_act(conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool) -> Tensor:
         weight = operand(layer.weight, x.dtype)

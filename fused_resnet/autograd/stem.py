@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..launch import bn_act_grad, bn_stats, stem_pool, vendor
+from ..launch import bn_act_grad, stem_pool
 from ..plan.passes import pass_config, reduce_config
 from ..plan.plans import Plan, decode
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
-from .staged_forward import Layer, Passes, conv_only, conv_raw, finalize, operand
+from .staged_forward import Layer, Passes, conv_only, conv_raw, finalize, frozen_stats, operand
 
 Tensor = torch.Tensor
 
@@ -53,7 +53,7 @@ def _forward(
         stats = finalize(layer, tiles)
     else:
         y = conv_only(conv, w, x)
-        stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(x))
+        stats = frozen_stats(layer, x)
     rows = y.shape[0] * y.shape[2] * y.shape[3]
     config = pass_config(rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
     out, index = stem_pool.stem_pool(y, stats, config)
@@ -173,6 +173,6 @@ class _Stem(torch.autograd.Function):
 
 
 def stem(plan: str, momentum: float, eps: float, *tensors: Tensor | None) -> Tensor:
-    """Runs an encoded one-convolution plan. ``tensors``: x (channels_last), weight, gamma, beta, running_mean, running_var,
-    counter."""
+    """Runs an encoded plan of one convolution. ``tensors``: x (channels_last), weight, gamma, beta, running_mean,
+    running_var, counter."""
     return _Stem.apply(plan, momentum, eps, *tensors)  # type: ignore[no-any-return]

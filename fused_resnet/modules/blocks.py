@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from .. import functional, reference
@@ -9,45 +11,49 @@ from ..functional import BatchNorm, Conv
 from .children import is_untouched, may_fuse
 
 Layer = tuple[Conv, BatchNorm]
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
-def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
+def _layer(pair: Pair) -> Layer:
+    conv, bn = pair
     return functional.conv_of(conv), functional.batch_norm_of(bn)
 
 
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Layer | None, Tensor | None]:
-    """(projection, residual): a 1x1 convolution and its BatchNorm join the operation; any other shortcut runs by itself."""
+    """(projection, residual): a 1x1 conv and its BatchNorm join the operation; any other shortcut runs by itself."""
     if downsample is None:
         return None, None
-    if is_untouched(downsample, nn.Sequential) and len(downsample) == 2:  # type: ignore[arg-type]
-        conv, bn = downsample  # type: ignore[misc]
-        if may_fuse(x, conv, bn) and (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1):
-            return _layer(conv, bn), None
+    children = tuple(downsample.children())
+    if is_untouched(downsample, nn.Sequential) and len(children) == 2 and may_fuse(x, *children):
+        pair = cast(Pair, children)
+        if (pair[0].kernel_size, pair[0].padding, pair[0].groups) == ((1, 1), (0, 0), 1):
+            return _layer(pair), None
     return None, downsample(x)
 
 
-def _runs_as_one(
-    block: reference.BasicBlock | reference.Bottleneck, x: Tensor, *layers: tuple[nn.Module, nn.Module]
-) -> bool:
-    """Whether nothing expects the block's children to be called one by one: hooks, other norms, stochastic depth."""
+def _fusable(
+    block: reference.BasicBlock | reference.Bottleneck, x: Tensor, *pairs: tuple[nn.Module, nn.Module]
+) -> list[Pair] | None:
+    """The block's (conv, bn) children, unless something expects them to be called: hooks, other norms, random depth."""
     drops = block.training and block.stochastic_depth_prob > 0.0
-    return not drops and is_untouched(block.relu, nn.ReLU) and all(may_fuse(x, conv, bn) for conv, bn in layers)
+    fits = not drops and is_untouched(block.relu, nn.ReLU) and all(may_fuse(x, conv, bn) for conv, bn in pairs)
+    return cast(list[Pair], list(pairs)) if fits else None
 
 
 class BasicBlock(reference.BasicBlock):
     """Two 3x3 convolutions and a shortcut as one operation (He et al. 2015, arXiv 1512.03385, Figure 5, left).
 
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
-    norm_layer=None)``. Input [N, inplanes, H, W], output [N, planes, ceil(H / stride), ceil(W / stride)]. Children that carry
-    hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
+    norm_layer=None)``. Input [N, inplanes, H, W], output [N, planes, ceil(H / stride), ceil(W / stride)]. Children that
+    carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        children = ((self.conv1, self.bn1), (self.conv2, self.bn2))
-        if not _runs_as_one(self, x, *children):
+        pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2))
+        if pairs is None:
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
-        return functional.basic_block(x, [_layer(*pair) for pair in children], projection, residual=residual)
+        return functional.basic_block(x, [_layer(pair) for pair in pairs], projection, residual=residual)
 
 
 class Bottleneck(reference.Bottleneck):
@@ -59,8 +65,8 @@ class Bottleneck(reference.Bottleneck):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        children = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-        if not _runs_as_one(self, x, *children):
+        pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        if pairs is None:
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
-        return functional.bottleneck(x, [_layer(*pair) for pair in children], projection, residual=residual)
+        return functional.bottleneck(x, [_layer(pair) for pair in pairs], projection, residual=residual)

@@ -40,7 +40,7 @@ class ChainProblem:
 
     ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or "given"
     (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
-    ``batch_statistics`` tells training-mode BN from frozen statistics; ``backward`` whether a gradient will be asked for.
+    ``batch_statistics`` tells training-mode BN from frozen statistics; ``backward`` whether a gradient may be asked for.
     """
 
     convs: tuple[ConvProblem, ...]

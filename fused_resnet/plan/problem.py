@@ -11,8 +11,8 @@ Pair = tuple[int, int]
 class ConvProblem:
     """One 2-D convolution, in the names of the field.
 
-    ``N H W Ci`` describe the input, ``Co R S`` the filter, ``P Q`` the output. ``dtype`` is the name of the activations'
-    dtype ("bfloat16", "float16", "float32", "float64").
+    ``N H W Ci`` describe the input, ``Co R S`` the filter, ``P Q`` the output. ``dtype`` names the activations' dtype:
+    "bfloat16", "float16", "float32" or "float64".
     """
 
     N: int

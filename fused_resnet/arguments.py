@@ -1,0 +1,121 @@
+"""What the public operations take: records of convolutions and BatchNorms, and the checks before any kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Pair = tuple[int, int]
+
+
+class Conv(NamedTuple):
+    """A convolution without bias. ``weight``: [Co, Ci / groups, R, S]."""
+
+    weight: Tensor
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class BatchNorm(NamedTuple):
+    """What a BatchNorm computes with, read at call time.
+
+    ``weight`` and ``bias`` may be None (1 and 0). ``training``: normalise with the batch's own statistics; the running
+    ones, if given, are then updated, and ``num_batches_tracked``, if given, counts up. ``momentum`` None is the
+    cumulative average.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    training: bool = True
+
+
+def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
+    """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
+    updates = module.training and module.track_running_stats
+    uses_running = not module.training or module.track_running_stats
+    return BatchNorm(
+        module.weight,
+        module.bias,
+        module.running_mean if uses_running else None,
+        module.running_var if uses_running else None,
+        module.num_batches_tracked if updates else None,
+        module.momentum,
+        module.eps,
+        module.training or (module.running_mean is None and module.running_var is None),
+    )
+
+
+def conv_of(module: nn.Conv2d) -> Conv:
+    """The record of an ``nn.Conv2d`` without bias and with zero padding."""
+    return Conv(module.weight, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+
+
+def check_layers(layers: Sequence[tuple[Conv, BatchNorm]], count: int) -> None:
+    if len(layers) != count:
+        raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
+
+
+def check_image(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point input, got {x.dtype}")
+
+
+def check_layer(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, conv: Conv, bn: BatchNorm, name: str
+) -> tuple[int, int, int, int]:
+    """The output's shape; raises where eager would, before anything is touched."""
+    if len(shape) != 4:
+        raise ValueError(f"expected 4D input (got {len(shape)}D input)")
+    n, ci, h, w = shape
+    weight = conv.weight
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: the weight must be [Co, Ci / groups, R, S], got shape {tuple(weight.shape)}")
+    co, ci_per_group, r, s = weight.shape
+    if conv.groups < 1 or co % conv.groups or ci != ci_per_group * conv.groups:
+        raise ValueError(
+            f"{name}: a weight of shape {tuple(weight.shape)} in {conv.groups} group(s) expects "
+            f"{ci_per_group * conv.groups} input channels, got {ci}"
+        )
+    if weight.device != device:
+        raise ValueError(f"{name}: the input is on {device} and the weight on {weight.device}")
+    if weight.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        raise TypeError(f"{name}: the input is {dtype} and the weight {weight.dtype}; use autocast, or one dtype")
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    if min(sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
+        raise ValueError(f"{name}: stride and dilation must be at least 1 and padding at least 0, got {conv[1:4]}")
+    p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
+    if min(p, q) < 1:
+        raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
+    check_bn(bn, co, name)
+    if bn.training:
+        check_count((n, co, p, q))
+    return n, co, p, q
+
+
+def check_bn(bn: BatchNorm, channels: int, name: str) -> None:
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(bn, field)
+        if t is not None and tuple(t.shape) != (channels,):
+            raise ValueError(f"{name}: the BatchNorm's {field} must have shape ({channels},), got {tuple(t.shape)}")
+    if not bn.eps > 0:
+        raise ValueError(f"{name}: batch_norm eps must be positive, but got {bn.eps}")
+    if not bn.training and (bn.running_mean is None or bn.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var to be given when training=False")
+
+
+def check_count(shape: Sequence[int]) -> None:
+    n, _, p, q = shape
+    if n * p * q == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
