@@ -346,12 +346,11 @@ def _request(route: str | None) -> RouteRequest:
 
 
 def _take(fused: bool, reason: str, request: RouteRequest, operation: str) -> bool:
-    """Whether a fused plan runs. Where it does not although it was asked for strictly, raises; otherwise says why, once."""
+    """Whether a fused plan runs. If not, raises where one was asked for strictly, and otherwise says why, once."""
     if fused:
         return True
-    if request.route not in ("auto", "reference"):
-        if request.strict:
-            raise RouteUnavailableError(f"{operation} has no route {request.route!r} here: {reason}")
+    if request.strict and request.route not in ("auto", "reference"):
+        raise RouteUnavailableError(f"{operation} has no route {request.route!r} here: {reason}")
     if request.route != "reference" and not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
         warnings.warn(f"fused_resnet runs plain PyTorch: {reason}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""The residual blocks, each one operation: drop-in for torchvision's, with the same children and the same state dict."""
+"""The residual blocks, each one operation, with the children and the state dict of torchvision's."""
 
 from __future__ import annotations
 
