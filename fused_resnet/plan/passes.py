@@ -11,6 +11,7 @@ from .config import PassConfig
 VECTOR_BYTES = 16
 WARP = 32
 INTERPRETER_WARPS = 128  # sizes the steps there, nothing else
+INTERPRETER_ELEMENTS = 1 << 20
 
 
 def next_power_of_2(n: int) -> int:
@@ -48,7 +49,8 @@ def _config(
 ) -> PassConfig:
     if interpreter:
         block_c = min(next_power_of_2(channels), 512)
-        return PassConfig(block_m=max(1 << 20 // block_c, 1), block_c=block_c, num_warps=INTERPRETER_WARPS)
+        block_m = min(next_power_of_2(rows), INTERPRETER_ELEMENTS // block_c)
+        return PassConfig(block_m, block_c, num_warps=INTERPRETER_WARPS)
     block_c = min(next_power_of_2(channels), block_c)
     groups, group = step(PassConfig(rows, block_c), itemsize, vectors=4)
     step_rows = groups * group
