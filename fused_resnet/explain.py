@@ -115,7 +115,7 @@ def explain(
     ``input_shape`` ([N, C, H, W]) or ``example_input`` gives the input. ``dtype``: bfloat16 and float16 mean autocast
     over the model's parameters, float32 and float64 none. ``target``: a :class:`Target`, "h100", "h200" or "a100"; None
     is what would run here. ``training``: with backward, loss and one step of ``optimizer`` ("sgd" with momentum,
-    "adam", "adamw" or None). Modes and ``requires_grad`` are the modules' own; layouts are channels_last.
+    "adam", "adamw" or None). Modes, layouts and ``requires_grad`` are the model's own; ``input_shape`` is NHWC.
     Needs no GPU, and leaves the model as it was. ValueError, TypeError: bad arguments; KeyError: an unknown target.
     """
     inputs = _inputs(input_shape, example_input, dtype)
@@ -150,7 +150,8 @@ def _inputs(shape: Sequence[int] | None, example: Any, dtype: torch.dtype) -> tu
     if (shape is None) == (example is None):
         raise TypeError("give either input_shape or example_input")
     if shape is not None:
-        return (torch.empty(tuple(shape), dtype=torch.float32 if dtype in AUTOCAST else dtype, device="meta"),)
+        image = torch.empty(tuple(shape), dtype=torch.float32 if dtype in AUTOCAST else dtype, device="meta")
+        return (image.contiguous(memory_format=torch.channels_last) if image.dim() == 4 else image,)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or not all(isinstance(t, Tensor) and t.dim() for t in inputs):
         raise TypeError("example_input must be a tensor with a batch dimension, or a sequence of such")
@@ -274,44 +275,50 @@ def _is_ours(model: nn.Module, owner: str) -> bool:
 # ---------------------------------------------------------------- the table
 
 
+HEADINGS = ("operation", "kind", "source", "launches", "GFLOP", "MB", "saved MB", "floor us", "route", "why")
+
+
 def _table(explanation: Explanation) -> str:
-    batch = max(explanation.batch, 1)
-    where = explanation.target.name if explanation.target else "no GPU"
-    head = (
-        f"{'training step' if explanation.training else 'forward'} of batch {batch} in {explanation.dtype} on {where}"
-    )
-    reasons = {
-        reason: i + 1 for i, reason in enumerate(dict.fromkeys(row.reason for row in explanation.rows if row.reason))
-    }
-    lines = [("operation", "kind", "source", "launches", "GFLOP", "MB", "saved MB", "floor us", "route", "why")]
+    reasons = list(dict.fromkeys(row.reason for row in explanation.rows if row.reason))
+    lines: list[tuple[str, ...]] = [HEADINGS]
     for row in explanation.rows:
-        lines.append(
-            (
-                row.name,
-                row.kind,
-                row.source,
-                *_figures(row),
-                row.route,
-                f"[{reasons[row.reason]}]" if row.reason else "",
-            )
-        )
-    for label, step in (("total", explanation), ("eager PyTorch", explanation.eager)):
-        lines.append((label, "", "", *_figures(step), "", ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [head + "; counted, not measured", ""]
-    for i, line in enumerate(lines):
-        cells = (
-            cell.rjust(width) if 3 <= j <= 7 else cell.ljust(width) for j, (cell, width) in enumerate(zip(line, widths))
-        )
-        text.append("  ".join(cells).rstrip())
-        if i in (0, len(lines) - 3):
-            text.append("  ".join("-" * width for width in widths))
-    text += ["", *(f"[{number}] {reason}" for reason, number in reasons.items())]
-    for label, step in (("this plan", explanation), ("eager PyTorch", explanation.eager)):
-        line = f"{label}: {step.bytes / batch / 1e6:.1f} MB and {step.flops / batch / 1e9:.2f} GFLOP per image"
-        floor = step.floor_us
-        text.append(line + (f"; at most {1e6 * batch / floor:,.0f} images/s by that" if floor else ""))
-    return "\n".join(text)
+        why = f"[{reasons.index(row.reason) + 1}]" if row.reason else ""
+        lines.append((row.name, row.kind, row.source, *_figures(row), row.route, why))
+    lines.append(("total", "", "", *_figures(explanation), "", ""))
+    lines.append(("eager PyTorch", "", "", *_figures(explanation.eager), "", ""))
+
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    ruler = "  ".join("-" * width for width in widths)
+    printed = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
+    where = explanation.target.name if explanation.target else "no GPU"
+    step = "training step" if explanation.training else "forward"
+    return "\n".join(
+        [
+            f"{step} of batch {explanation.batch} in {explanation.dtype} on {where}; counted, not measured",
+            "",
+            printed[0],
+            ruler,
+            *printed[1:-2],
+            ruler,
+            *printed[-2:],
+            "",
+            *(f"[{i + 1}] {reason}" for i, reason in enumerate(reasons)),
+            _per_image("this plan", explanation, explanation.batch),
+            _per_image("eager PyTorch", explanation.eager, explanation.batch),
+        ]
+    )
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
+    """Figures to the right, words to the left."""
+    for heading, cell, width in zip(HEADINGS, line, widths):
+        yield cell.ljust(width) if heading in ("operation", "kind", "source", "route", "why") else cell.rjust(width)
+
+
+def _per_image(label: str, step: Step, batch: int) -> str:
+    images = max(batch, 1)
+    text = f"{label}: {step.bytes / images / 1e6:.1f} MB and {step.flops / images / 1e9:.2f} GFLOP per image"
+    return text + (f"; projected: at most {1e6 * images / step.floor_us:,.0f} images/s" if step.floor_us else "")
 
 
 def _figures(item: Row | Step) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ class Share:
 def rehearse(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, training: bool) -> dict[str, Share]:
     """Runs one step of a copy of ``model`` without data: what each module did, by qualified name, and LOSS.
 
-    ``inputs`` give shapes and dtypes alone. ``dtype`` is autocast's where it is a 16-bit one. ``training``: with a
-    backward pass, from a cross-entropy if the output looks like class scores.
+    ``inputs`` give shapes, strides and dtypes alone. ``dtype`` is autocast's where it is a 16-bit one. ``training``:
+    with a backward pass, from a cross-entropy if the output looks like class scores.
     """
     stage = _Stage()
     fake_mode = FakeTensorMode()
@@ -79,10 +79,8 @@ def rehearse(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, tra
 
 
 def _fake(t: Tensor) -> Tensor:
-    """An empty tensor of the same shape and dtype, images and filters channels_last. Called inside a fake mode."""
-    with torch.no_grad():
-        fake = torch.empty(t.shape, dtype=t.dtype, device="cpu")
-        return fake.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else fake
+    """An empty tensor like ``t``: shape, strides and dtype. Called inside a fake mode."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
 
 def _without_data(model: nn.Module) -> nn.Module:
