@@ -1,0 +1,213 @@
+"""Compiles every kernel configuration that ships, for sm_80 and sm_90, and reads what came out. Needs no GPU.
+
+    python -m tests.compile_audit [--sm 80 90] [--dtypes bfloat16 float16 float32] [--kernel NAME] [--covering]
+
+prints a table (registers, shared memory, programs per SM, tensor instructions) and exits with 1 if any of them spills,
+asks for more shared memory than a block may have, uses no wgmma where it should, or addresses rows with 32 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK_SHARED = {80: 166_912, 90: 232_448}
+SM_SHARED = {80: 167_936, 90: 233_472}
+REGISTERS = 65_536
+PARKED = 16
+"""Bytes a thread: ptxas now and then parks an address or two across the main loop, which costs nothing."""
+THREADS = 2048
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch."""
+
+    kernel: str
+    where: str
+    constants: str
+    sm: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    wgmma: bool
+    failures: tuple[str, ...]
+
+    @property
+    def programs_per_sm(self) -> int:
+        threads = 32 * self.warps
+        per_thread = -(-max(self.registers, 1) // 8) * 8
+        by_shared = SM_SHARED[self.sm] // (self.shared + 1024)
+        return min(REGISTERS // (per_thread * threads), by_shared, THREADS // threads, 32)
+
+    def row(self) -> str:
+        verdict = "; ".join(self.failures) or "ok"
+        return (
+            f"sm_{self.sm} {self.kernel:<28} {self.warps:>2}w {self.registers:>4} {self.spilled:>5} "
+            f"{self.shared:>7} {self.programs_per_sm:>3} {'wgmma' if self.wgmma else '':<5} {verdict:<4} "
+            f"{self.constants}  ({self.where})"
+        )
+
+
+HEADER = (
+    f"{'':5} {'kernel':<28} {'':>3} {'regs':>4} {'spill':>5} {'shared':>7} {'/SM':>3} {'':<5} constants (first use)"
+)
+
+
+class OfflineDriver:
+    """Answers what Triton asks of a driver when it only compiles."""
+
+    def __init__(self, sm: int) -> None:
+        self.sm = sm
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self) -> int:
+        return self.sm  # Triton caches by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_call(call: Any, sm: int) -> Compiled:
+    """Compiles one captured launch through Triton's own path, so that it specialises as at run time."""
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
+
+    driver.set_active(OfflineDriver(sm))
+    kernel = getattr(importlib.import_module(call.module), call.kernel)
+    arguments = {n: MockTensor(v) if isinstance(v, torch.dtype) else v for n, v in call.arguments}
+    options = dict(call.options)
+    constants = {n: v for n, v in call.arguments if n in call.constants}
+    shown = " ".join(f"{n}={v}" for n, v in constants.items() if v is not False and n not in ("ACC", "PRECISION"))
+    shown = f"{str(call.dtype).removeprefix('torch.')} {shown}"
+    warps = options["num_warps"]
+    try:
+        compiled = kernel.warmup(**arguments, **options, grid=(1,))
+    except Exception as error:  # the compiler's refusal is the finding
+        message = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        return Compiled(call.kernel, call.where, shown, sm, warps, 0, 0, 0, False, (message,))
+
+    registers, stack, local = resources(compiled.asm["cubin"])
+    shared, wgmma = compiled.metadata.shared, "wgmma.mma_async" in compiled.asm["ptx"]
+    failures = []
+    if stack + local > PARKED:
+        failures.append(f"spills {stack + local} bytes a thread")
+    if shared > BLOCK_SHARED[sm]:
+        failures.append(f"{shared} bytes of shared memory, a block has {BLOCK_SHARED[sm]}")
+    if sm == 90 and wants_wgmma(call) and not wgmma:
+        failures.append("no wgmma")
+    if not wide_rows(compiled.asm["ttir"]):
+        failures.append("no 64-bit row offsets")
+    return Compiled(call.kernel, call.where, shown, sm, warps, registers, stack + local, shared, wgmma, tuple(failures))
+
+
+def wants_wgmma(call: Any) -> bool:
+    """A 16-bit GEMM whose tile has the 64 rows of a warp group, in whichever order it multiplies."""
+    import torch
+
+    if not call.is_gemm or call.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return min(call.value("BLOCK_M"), call.value("BLOCK_N")) >= 64 and dict(call.options)["num_warps"] >= 4
+
+
+def wide_rows(ttir: str) -> bool:
+    """Whether the kernel, if it addresses two-dimensional tiles at all, has 64-bit offsets somewhere."""
+    tiles = re.findall(r"tt\.addptr .*tensor<\d+x\d+[^!]*!tt\.ptr", ttir)
+    return not tiles or bool(re.search(r"arith\.(muli|addi|extsi) .*i64", ttir))
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of local memory) a thread, as the bundled cuobjdump reads them."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _compile(job: tuple[Any, int]) -> Compiled:
+    return compile_call(*job)
+
+
+def audit(
+    sms: Iterable[int], dtypes: tuple[str, ...], *, exact: bool, kernel: str = "", jobs: int = 2
+) -> list[Compiled]:
+    """Compiles what ships for each of ``sms``, ``jobs`` at a time."""
+    from fused_resnet.plan.target import A100, H100
+    from tests.shipped import shipped
+
+    targets = {80: A100, 90: H100}
+    work = [(call, sm) for sm in sms for call in shipped(targets[sm], dtypes, exact) if kernel in call.kernel]
+    context = multiprocessing.get_context("spawn")  # LLVM does not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return sorted(pool.map(_compile, work, chunksize=4), key=lambda c: (c.kernel, c.sm, c.constants))
+
+
+def in_subprocess(arguments: list[str], python: str = sys.executable) -> list[Compiled]:
+    """Runs this module's command without the interpreter, in ``python``, and returns what it found."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "audit.json"
+        command = [python, "-m", "tests.compile_audit", *arguments, "--json", str(path)]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False
+        )
+        if not path.exists():
+            raise RuntimeError(done.stdout + done.stderr)
+        rows = json.loads(path.read_text())
+    return [Compiled(**{**row, "failures": tuple(row["failures"])}) for row in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", choices=(80, 90), default=[80, 90], help="compute capabilities")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], help="of the activations")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--covering", action="store_true", help="one of each set of constants, whatever the sizes")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    arguments = parser.parse_args()
+    if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
+        parser.error("TRITON_INTERPRET=1 makes interpreted kernels: unset it")
+    found = audit(
+        arguments.sm,
+        tuple(arguments.dtypes),
+        exact=not arguments.covering,
+        kernel=arguments.kernel,
+        jobs=arguments.jobs,
+    )
+    print(HEADER)
+    for compiled in found:
+        print(compiled.row())
+    bad = [compiled for compiled in found if compiled.failures]
+    print(f"{len(found)} compilations, {len(bad)} refused")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(compiled) for compiled in found]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

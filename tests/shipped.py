@@ -1,0 +1,235 @@
+"""Every kernel launch that ships: what the launchers pass to Triton for the layers of real networks, without a GPU.
+
+The launchers run on ``meta`` tensors with ``launch`` intercepted, for each target's own configurations, so that what is
+compiled by ``compile_audit`` is exactly what a GPU would be asked to compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fused_resnet.launch
+from benchmarks.problems import Layer, layers
+from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, record, stem_pool
+from fused_resnet.launch.conv_dgrad import conv_dgrad
+from fused_resnet.launch.conv_fprop import conv_fprop
+from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.plan import planner, tables
+from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.passes import pass_config, reduce_config
+from fused_resnet.plan.problem import ConvProblem
+from fused_resnet.plan.target import Target
+
+MOST_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: the kernel, its arguments (tensors as dtypes), the compiler's options, and what it was part of."""
+
+    module: str
+    kernel: str
+    arguments: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]
+    constants: frozenset[str]
+    where: str
+
+    def key(self, exact: bool = True) -> tuple[Any, ...]:
+        """What distinguishes two compilations. ``exact`` also tells apart the integers that Triton specialises on."""
+        described = tuple(
+            (name, value if name in self.constants else _specialisation(value, exact)) for name, value in self.arguments
+        )
+        return (self.kernel, str(described), self.options)
+
+    def value(self, name: str) -> Any:
+        return dict(self.arguments).get(name)
+
+    @property
+    def is_gemm(self) -> bool:
+        return self.value("BLOCK_K") is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations: the first tensor of a GEMM."""
+        return next(value for _, value in self.arguments if isinstance(value, torch.dtype))
+
+
+def _specialisation(value: Any, exact: bool) -> str:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return str(value) if isinstance(value, torch.dtype) or value is None else type(value).__name__
+    width = "i32" if -MOST_INT32 <= value <= MOST_INT32 else "i64"
+    if not exact:
+        return width
+    return "1" if value == 1 else width + ("/16" if value % 16 == 0 else "")
+
+
+class Capture:
+    """Stands in for ``record.launch`` in every launcher."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], Call] = {}
+        self.where = ""
+
+    def __call__(
+        self, kernel: Any, grid: Any, *, touched: Any, flops: int, config: Any, device: Any, **arguments: Any
+    ) -> None:
+        options = {"num_warps": config.num_warps}
+        if isinstance(config, GemmConfig):
+            options["num_stages"] = config.num_stages
+            if config.maxnreg is not None:
+                options["maxnreg"] = config.maxnreg
+        call = Call(
+            kernel.fn.__module__,
+            kernel.fn.__name__,
+            tuple((n, v.dtype if isinstance(v, torch.Tensor) else v) for n, v in arguments.items()),
+            tuple(sorted(options.items())),
+            frozenset(p.name for p in kernel.params if p.is_constexpr),
+            self.where,
+        )
+        self.calls.setdefault(call.key(), call)
+
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        modules = [
+            importlib.import_module(info.name)
+            for info in pkgutil.iter_modules(fused_resnet.launch.__path__, "fused_resnet.launch.")
+        ]
+        users = [module for module in modules if getattr(module, "launch", None) is record.launch]
+        for module in users:
+            module.launch = self  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module in users:
+                module.launch = record.launch  # type: ignore[attr-defined]
+
+
+def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((n, c, h, w), dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _rows(count: int, channels: int) -> torch.Tensor:
+    return torch.empty((count, channels), dtype=torch.float32, device="meta")
+
+
+def configurations(problem: ConvProblem, kind: str, target: Target) -> list[GemmConfig]:
+    """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target."""
+    found = [planner.default_config(problem, kind, target)]
+    measured = tables.TABLES.get(tables.gpu_slug(target.name), {}).get(tables.problem_key(problem), {})
+    found += [entry.ours for name, entry in measured.items() if entry.ours and name.partition("+")[0] == kind]
+    return [config for config in dict.fromkeys(found) if supports(problem, kind, target, config)[0]]
+
+
+def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> None:
+    x, w = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.Co, p.Ci, p.R, p.S, dtype)
+    out = _image(p.N, p.Co, p.P, p.Q, dtype)
+    for config in configurations(p, "fprop", target):
+        prologue = None if first or not p.is_pointwise else _rows(2, p.Ci)
+        conv_fprop(x, w, p, config, input_affine=prologue, stats=True)
+        conv_fprop(x, w, p, config)
+        conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), relu=True)
+        conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), residual=out, relu=True)
+
+
+def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, dtype: torch.dtype) -> None:
+    if role == "projection":
+        p = p.sampled()  # the compact gradient that the first conv's dgrad spreads
+    dy, w = _image(p.N, p.Co, p.P, p.Q, dtype), _image(p.Co, p.Ci, p.R, p.S, dtype)
+    x = _image(p.N, p.Ci, p.H, p.W, dtype)
+    batch = {"y": dy, "coeffs": _rows(3, p.Co)} if p.is_pointwise else {}
+    frozen = {"coeffs": _rows(3, p.Co)} if p.is_pointwise else {}
+    for config in configurations(p, "dgrad", target):
+        for prologue in (batch, frozen):
+            if role == "projection":
+                conv_dgrad(dy, w, p, config, **prologue)
+            elif role == "conv1":
+                conv_dgrad(dy, w, p, config, **prologue, residual=x)
+                compact = _image(p.N, p.Ci, -(-p.H // stride[0]), -(-p.W // stride[1]), dtype)
+                conv_dgrad(dy, w, p, config, **prologue, residual=compact, residual_stride=stride)
+                conv_dgrad(dy, w, p, config, **prologue)
+            else:
+                stats = _rows(4, p.Ci) if prologue is batch else None
+                conv_dgrad(dy, w, p, config, **prologue, mask_input=x, mask_stats=stats)
+        if role not in ("projection", "conv1") and not p.is_pointwise:
+            conv_dgrad(dy, w, p, config, mask_input=x)
+
+
+def _wgrad(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> None:
+    x, dy = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
+    for config in configurations(p, "wgrad", target):
+        prologue = {"input_affine": None if first else _rows(2, p.Ci), "y": dy, "coeffs": _rows(3, p.Co)}
+        conv_wgrad(x, dy, p, config, **(prologue if p.is_pointwise else {}), out_dtype=torch.float32)
+        conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
+
+
+def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    y, stats, coeffs = _image(p.N, p.Co, p.P, p.Q, dtype), _rows(4, p.Co), _rows(3, p.Co)
+    row, counter = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta")
+    sizes = (p.M, p.Co, y.element_size(), target.sm_count)
+    once, reduce = pass_config(*sizes), reduce_config(*sizes)
+    parameters = {"weight": row, "bias": row, "running_mean": row, "running_var": row, "eps": 1e-5}
+    tiles = bn_stats.bn_stats(y, reduce)
+    bn_stats.bn_finalize(tiles, **parameters, momentum=0.1)
+    bn_stats.bn_finalize(tiles, **parameters, momentum=0.1, counter=counter)
+    bn_stats.bn_frozen(**parameters, dtype=dtype)
+    for relu in (True, False):
+        bn_act.bn_act(y, stats, once, relu=relu)
+        bn_act.bn_act(y, stats, once, residual=y, relu=relu)
+        bn_act.bn_act(y, stats, once, residual=y, residual_stats=stats, relu=relu)
+    grad = bn_act_grad.bn_act_grad_reduce
+    _, tiles = grad(y, y, stats, reduce)
+    grad(y, y, stats, reduce, out=y)
+    _, three = grad(y, y, stats, reduce, out=y, residual=y, residual_stats=stats)
+    grad(y, y, stats, reduce, relu=False)
+    grad(y, None, None, reduce, out=y)
+    bn_act_grad.bn_grad_finalize(tiles, stats, row, p.M)
+    bn_act_grad.bn_grad_finalize(three, stats, row, p.M, row=2)
+    bn_act_grad.bn_grad_apply(y, y, coeffs, once)
+    bn_act_grad.bn_grad_apply(y, None, coeffs, once)
+
+
+def _stem(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    y, stats = _image(p.N, p.Co, p.P, p.Q, dtype), _rows(4, p.Co)
+    size = (p.Co, y.element_size(), target.sm_count)
+    out, index = stem_pool.stem_pool(y, stats, pass_config(p.M // 4 + 1, *size))
+    stem_pool.stem_pool_grad_reduce(out, index, out, y, stats, reduce_config(p.M // 4 + 1, *size))
+    stem_pool.stem_pool_grad_apply(out, index, out, y, _rows(3, p.Co), pass_config(p.M, *size))
+
+
+def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
+    p, role = layer.problem, layer.role
+    first = role in ("stem", "conv1", "projection")
+    stride = (2, 2) if p.H > 8 else (1, 1)
+    if role == "stem":
+        _stem(p, target, dtype)
+    else:
+        _fprop(p, first, target, dtype)
+        _dgrad(p, role, stride, target, dtype)
+        _wgrad(p, first, target, dtype)
+    _passes(p, target, dtype)
+
+
+NETWORKS = (
+    {"depth": 50, "batch": 256, "size": 224},
+    {"depth": 18, "batch": 256, "size": 224},
+    {"depth": 50, "batch": 64, "size": 32, "width": 16},  # narrow and odd: masked tiles
+)
+
+
+def shipped(target: Target, dtypes: tuple[str, ...], exact: bool) -> list[Call]:
+    """The distinct launches on ``target``. Without ``exact``, one of each set of constants."""
+    capture = Capture()
+    with capture.intercepting():
+        for network in NETWORKS:
+            for name in dtypes:
+                for layer in layers(**network, dtype=name):
+                    capture.where = f"ResNet-{network['depth']} {layer.name} {layer.role}"
+                    _layer(layer, target, getattr(torch, name))
+    return list({call.key(exact): call for call in capture.calls.values()}.values())
