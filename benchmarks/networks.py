@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Training:
                  compile_options: dict[str, Any] | None = None) -> None:  # fmt: skip
         self.device, self.batch = device, batch
         batch, size = tiny_or(device.dry, batch, size)
+        if device.dry:
+            dtype = torch.float32  # the interpreter has no bfloat16
         self.before = device.allocated()
         device.reset_peak()
         self.model = model.to(device.name).to(memory_format=torch.channels_last).train()
@@ -49,17 +52,19 @@ class Training:
         x = torch.randn(batch, 3, size, size, device=device.name, dtype=dtype)
         self.x = x.to(memory_format=torch.channels_last)
         self.target = torch.randint(0, 10, (batch,), device=device.name)
-        self.dtype = dtype
+        self.autocast = torch.autocast(device.name, dtype=dtype) if dtype != torch.float32 else nullcontext()
         fused = device.name == "cuda"
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused or None
         )
         self.loss = torch.zeros(())
+        self.losses: list[float] = []
+        """Of the warm-up's steps."""
         self.replay: Step | None = None
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.name, dtype=self.dtype):
+        with self.autocast:
             self.loss = F.cross_entropy(self.forward(self.x), self.target)
         self.loss.backward()
         self.optimizer.step()
@@ -68,6 +73,7 @@ class Training:
         """Warms up (and captures); returns what one step is."""
         for _ in range(1 if self.device.dry else warmup):
             self.step()
+            self.losses.append(float(self.loss.detach()))
         self.device.synchronize()
         if graph:
             self.optimizer.zero_grad(set_to_none=True)

@@ -1,2 +1,77 @@
-def items(context):
-    return iter(())
+"""Whole training steps, turn by turn in one process: eager, eager in a CUDA graph, ours, ours in a CUDA graph.
+
+All start from the same weights and see the same batch, so the losses of the first steps must agree too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import fused_resnet as fr
+
+from .. import networks
+from ..harness import Context, Item
+from ..networks import Training
+
+LOSS_TOLERANCE = 0.02
+"""Relative difference of the warm-up's losses: more than rounding in different places, less than a wrong gradient."""
+
+
+def items(context: Context) -> Iterator[Item]:
+    yield "resnet50", lambda: _compare(context, 50)
+    yield "resnet18", lambda: _compare(context, 18)
+    yield "resnet50 compiled", lambda: _compare(context, 50, compiled=True)
+
+
+def fused_resnet(depth: int, dry: bool) -> torch.nn.Module:
+    """Ours; a rehearsal takes one block a stage, as networks.torchvision_resnet does."""
+    if dry:
+        block = fr.Bottleneck if depth >= 50 else fr.BasicBlock
+        from torchvision.models.resnet import ResNet
+
+        return ResNet(block, [1, 1, 1, 1], num_classes=10)  # type: ignore[arg-type]
+    return getattr(fr, f"resnet{depth}")()
+
+
+def _compare(context: Context, depth: int, *, compiled: bool = False) -> dict[str, Any]:
+    torch.manual_seed(0)
+    theirs = networks.torchvision_resnet(depth, context.dry)
+    ours = fused_resnet(depth, context.dry)
+    ours.load_state_dict(theirs.state_dict())
+    options = {"backend": "eager"} if context.dry else {}
+    makers: dict[str, tuple[torch.nn.Module, bool, Any]] = {
+        "eager": (theirs, False, None),
+        "graph": (theirs, True, None),
+        "ours": (ours, False, None),
+        "ours graph": (ours, True, None),
+    }
+    if compiled:
+        makers = {"compile": (theirs, False, options), "ours compile": (ours, False, options)}
+    candidates: dict[str, Training] = {}
+    steps, peaks, losses, failed = {}, {}, {}, {}
+    for name, (model, graph, compile_options) in makers.items():
+        torch.manual_seed(1)
+        try:
+            one = Training(copy.deepcopy(model), context.device, 256, 224, compile_options=compile_options)
+            steps[name] = one.prepare(graph=graph)
+        except Exception as error:  # the others' times still say something
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+            print(f"[step] resnet{depth} {name}: FAILED {failed[name][:200]}", flush=True)
+            steps.pop(name, None)
+            continue
+        candidates[name], peaks[name], losses[name] = one, one.peak_bytes(), one.losses
+        context.device.release()
+    results = networks.compare(context.device, candidates, steps)
+    for name, peak in peaks.items():
+        results[name]["peak_bytes"] = peak
+    line = networks.line(results)
+    first = next(iter(losses.values()))
+    apart = {name: max(abs(a / b - 1) for a, b in zip(values, first, strict=True)) for name, values in losses.items()}
+    worst = max(apart.values())
+    line += f" | losses within {worst:.1e}" + (" WRONG" if not worst <= LOSS_TOLERANCE else "")
+    return {"batch": 256, "size": 224, "candidates": results, "losses": losses, "failed": failed,
+            "ok": worst <= LOSS_TOLERANCE and not failed, "line": line}  # fmt: skip
