@@ -73,7 +73,8 @@ def rehearse(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, tra
             with stage.as_owner(LOSS):
                 result = _loss(out) if training else None
         if result is not None:
-            result.backward()
+            with stage.as_owner(LOSS):
+                result.backward()
     stage.perform()
     return stage.shares
 
