@@ -159,14 +159,17 @@ def _inputs(shape: Sequence[int] | None, example: Any, dtype: torch.dtype) -> tu
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile or DistributedDataParallel wraps."""
+    """The model that torch.compile or DistributedDataParallel wraps. TypeError for a scripted one."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            break
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("a scripted model cannot be explained; give the model that it was made from")
+    return model
 
 
 def _assumption(model: nn.Module, target: str | Target | None) -> Assumption:

@@ -338,6 +338,11 @@ class TestArguments:
         expected = explain(model, BATCH, target="h100").totals()
         assert explain(torch.compile(model, backend="eager"), BATCH, target="h100").totals() == expected
 
+    @pytest.mark.filterwarnings("ignore")
+    def test_scripted_models_are_refused(self):
+        with pytest.raises(TypeError, match="scripted"):
+            explain(nn.Sequential(torch.jit.script(nn.Conv2d(16, 8, 1))), BATCH, target="h100")
+
     def test_deep_copies_that_fail_are_not_asked_for(self):
         """A process group cannot be copied; a module that holds one is explained all the same."""
 
