@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .result import Result
+from .result import Result, distance
 
 COLOURS = {"eager": "#4c72b0", "compiled": "#dd8452", "fused": "#2a9d5c"}
 MARKS = {"eager": "o", "compiled": "s", "fused": "x"}
@@ -74,7 +74,7 @@ def _agreement(axis: Axes, r: Result) -> None:
         if not pairs:
             continue
         # A distance of exactly nothing has no place on a logarithmic axis: it is drawn at its foot.
-        distances = [max(abs(loss - true) / max(abs(true), 1e-3), 1e-10) for loss, true in pairs]
+        distances = [max(distance(*pair), 1e-10) for pair in pairs]
         steps = range(1, len(pairs) + 1)
         axis.plot(steps, distances, MARKS[name] + "-", color=COLOURS[name], label=name, linewidth=1, markersize=6)
         drawn = True

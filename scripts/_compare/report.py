@@ -54,7 +54,7 @@ def _notes(r: Result) -> list[str]:
     lines = []
     if r.truth:
         lines.append(
-            f"  loss error: the largest relative distance from the same {r.steps} steps in {r.truth_name}; "
+            f"  loss error: the largest relative distance from the same {r.compared()} steps in {r.truth_name}; "
             f"{r.tolerance():.1e} is allowed"
         )
     for c in r.candidates.values():
@@ -121,7 +121,7 @@ def verdict(r: Result) -> list[str]:
         sentences.append("Stopped by Ctrl-C: this is what there was.")
     sentences += [f"FAILED: {failure}." for failure in r.failures]
     if not r.failures and r.agrees("fused"):
-        steps = min(r.steps, len(r.candidates["fused"].losses))
+        steps = min(r.compared(), len(r.candidates["fused"].losses))
         sentences.append(
             f"The losses agree: over {steps} steps from the same weights and batches, fused is as near to "
             f"{r.truth_name} as rounding lets it be ({r.error('fused'):.1e}; eager {r.error('eager'):.1e})."
