@@ -3,8 +3,9 @@
     dW[co, (r, s, ci)] = sum over m = (n, p, q) of dy[m, co] * a[(n, h, w), ci]
                          h = p * stride_h - padding_h + r * dilation_h,  w likewise; a is zero outside the image
 
-One program owns one (Co, Ci) tile of one tap, over one contiguous range of rows m. The ranges are fixed by the
-configuration, their float32 partials [split, Co, R * S * Ci] are summed in a fixed order: two runs agree bit for bit.
+One program owns one (Co, Ci) tile of one tap, or of the three taps of a filter row, over one contiguous range of rows.
+The ranges are fixed by the configuration; their float32 partials [split, Co, R * S * Ci] are summed in a fixed order:
+two runs agree bit for bit.
 
 Prologues, formed on load and rounded to the operands' dtype before the dot, so that neither tensor is ever written:
 
@@ -45,6 +46,7 @@ def conv_wgrad_kernel(
     dilation_w,
     rows_per_split,
     TAPS: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
     SAME_GRID: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
@@ -59,14 +61,18 @@ def conv_wgrad_kernel(
 ):
     """``SAME_GRID``: stride 1 and P, Q = H, W, so a tap is a constant shift of the rows and only its mask needs (h, w).
 
-    ``HAS_PADDING``: a tap can fall outside the image. Neither: a plain GEMM.
+    ``HAS_PADDING``: a tap can fall outside the image. Neither: a plain GEMM. ``ROW_TAPS`` (1 or 3): the taps of one
+    program, with an accumulator each; they share one load of dy.
     """
+    # Neighbouring taps read almost the same rows of x: keep them in L1, which asynchronous copies pass by otherwise.
+    L1: tl.constexpr = ".ca" if ROW_TAPS > 1 else ""
+
     # The tiles of one row range are neighbours in launch order: they read the same rows of x and dy from L2.
     tiles_ci = tl.cdiv(Ci, BLOCK_N)
-    pid_m = tl.program_id(0) // (TAPS * tiles_ci)
-    pid_n = tl.program_id(0) % (TAPS * tiles_ci)
+    pid_m = tl.program_id(0) // (TAPS // ROW_TAPS * tiles_ci)
+    pid_n = tl.program_id(0) % (TAPS // ROW_TAPS * tiles_ci)
     pid_split = tl.program_id(1)
-    tap = pid_n // tiles_ci
+    tap = pid_n // tiles_ci * ROW_TAPS
     r = tap // S
     s = tap % S
 
@@ -112,6 +118,9 @@ def conv_wgrad_kernel(
             coeff_c = tl.load(coeffs_ptr + 2 * Co + offs_co, mask=mask_co, other=0.0)[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if ROW_TAPS == 3:
+        acc_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        acc_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for step in range(tl.cdiv(rows, BLOCK_K)):
         mask_dy = mask_co[:, None]
         mask_x = mask_ci[None, :]
@@ -119,16 +128,12 @@ def conv_wgrad_kernel(
             mask_k = offs_k < rows - step * BLOCK_K
             mask_dy = mask_dy & mask_k[None, :]
             mask_x = mask_x & mask_k[:, None]
-        if HAS_PADDING:
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            mask_x = mask_x & inside[:, None]
         if SAME_GRID:
             x_ptrs = x_base + x_offs
         else:
             x_ptrs = x_ptr + (image + h * W + w).to(tl.int64)[:, None] * Ci + offs_ci[None, :]
 
         dy = tl.load(dy_base + dy_offs, mask=mask_dy, other=0.0)
-        a = tl.load(x_ptrs, mask=mask_x, other=0.0)
         if HAS_COEFFS:
             value = coeff_a * dy.to(ACC)
             if HAS_Y:
@@ -137,12 +142,24 @@ def conv_wgrad_kernel(
                 if not EVEN_K:
                     value = tl.where(mask_k[None, :], value, 0.0)  # a row past the end must not contribute C
             dy = value.to(dy_ptr.dtype.element_ty)
-        if HAS_AFFINE:
-            value_x = relu(affine(a.to(ACC), scale, shift))
+        for t in tl.static_range(ROW_TAPS):
+            mask_t = mask_x
             if HAS_PADDING:
-                value_x = tl.where(inside[:, None], value_x, 0.0)  # a padded position is zero after the prologue
-            a = value_x.to(x_ptr.dtype.element_ty)
-        acc = tl.dot(dy, a, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+                w_t = w + t * dilation_w
+                inside = ((h >= 0) & (h < H) & (w_t >= 0) & (w_t < W))[:, None]
+                mask_t = mask_t & inside
+            a = tl.load(x_ptrs + t * dilation_w * Ci, mask=mask_t, other=0.0, cache_modifier=L1)
+            if HAS_AFFINE:
+                normalised = relu(affine(a.to(ACC), scale, shift))
+                if HAS_PADDING:
+                    normalised = tl.where(inside, normalised, 0.0)  # a padded position is zero after the prologue
+                a = normalised.to(x_ptr.dtype.element_ty)
+            if t == 0:
+                acc = tl.dot(dy, a, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            elif t == 1:
+                acc_1 = tl.dot(dy, a, acc_1, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            else:
+                acc_2 = tl.dot(dy, a, acc_2, input_precision=INPUT_PRECISION, out_dtype=ACC)
 
         dy_base += BLOCK_K * Co
         y_base += BLOCK_K * Co
@@ -160,7 +177,11 @@ def conv_wgrad_kernel(
     columns = TAPS * Ci
     dw_row = (pid_split * Co + offs_co).to(tl.int64) * columns
     dw_ptrs = dw_ptr + dw_row[:, None] + (tap * Ci + offs_ci)[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_co[:, None] & mask_ci[None, :])
+    mask = mask_co[:, None] & mask_ci[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    if ROW_TAPS == 3:
+        tl.store(dw_ptrs + Ci, acc_1.to(dw_ptr.dtype.element_ty), mask=mask)
+        tl.store(dw_ptrs + 2 * Ci, acc_2.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

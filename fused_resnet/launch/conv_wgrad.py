@@ -23,16 +23,20 @@ def conv_wgrad(
     y: torch.Tensor | None = None,
     coeffs: torch.Tensor | None = None,
     out_dtype: torch.dtype,
+    row_taps: int = 1,
 ) -> torch.Tensor:
     """The gradient of a convolution's weight, [Co, Ci, R, S] in channels_last memory and ``out_dtype``.
 
     ``x`` [N, Ci, H, W] and ``dy`` [N, Co, P, Q] (``y`` too) share one dtype and are dense NHWC. ``input_affine``
     [2, Ci] makes relu(x * scale + shift) the input; ``coeffs`` [3, Co] makes A * dy + B * y + C the gradient, A * dy
     without ``y``. Both are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
-    per tile. Raises ValueError on groups, on another layout, on ``y`` without ``coeffs``.
+    per tile. ``row_taps`` = 3 gives one program the three taps of a row of a filter three wide: a third of the loads of
+    dy for three times the accumulators. Raises ValueError on groups, on another layout, on ``y`` without ``coeffs``.
     """
     if problem.groups != 1:
         raise ValueError(f"conv_wgrad takes one group, not {problem.groups}")
+    if row_taps not in (1, 3) or (row_taps == 3 and problem.S != 3):
+        raise ValueError(f"conv_wgrad: row_taps is 1, or 3 for a filter three wide; got {row_taps} for {problem.S}")
     if y is not None and coeffs is None:
         raise ValueError("conv_wgrad: y has no use without coeffs")
     require_image(x, (problem.N, problem.Ci, problem.H, problem.W), x, "x")
@@ -57,7 +61,8 @@ def conv_wgrad(
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=partial_dtype, device=x.device)
 
-    tiles = triton.cdiv(problem.Co, config.block_m) * problem.taps * triton.cdiv(problem.Ci, config.block_n)
+    tiles_co, tiles_ci = triton.cdiv(problem.Co, config.block_m), triton.cdiv(problem.Ci, config.block_n)
+    tiles = tiles_co * tiles_ci * (problem.taps // row_taps)
     sampled = problem.M * problem.Ci * x.element_size() if problem.is_pointwise else x
     launch(
         conv_wgrad_kernel,
@@ -88,6 +93,7 @@ def conv_wgrad(
         dilation_w=problem.dilation[1],
         rows_per_split=steps * config.block_k,
         TAPS=problem.taps,
+        ROW_TAPS=row_taps,
         SAME_GRID=problem.stride == (1, 1) and (problem.P, problem.Q) == (problem.H, problem.W),
         HAS_PADDING=problem.padding != (0, 0),
         HAS_AFFINE=input_affine is not None,

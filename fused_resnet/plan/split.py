@@ -9,13 +9,15 @@ MIN_STEPS = 4
 ELEMENT_BYTES = {"float64": 8, "float32": 4}
 
 
-def wgrad_split(problem: ConvProblem, block_m: int, block_n: int, block_k: int, sm_count: int) -> int:
+def wgrad_split(
+    problem: ConvProblem, block_m: int, block_n: int, block_k: int, sm_count: int, row_taps: int = 1
+) -> int:
     """The number of parts that fills up to two waves of ``sm_count`` programs best.
 
     The float32 partials are written and read once, so they stay below a quarter of the bytes of x and dy, unless that
-    would leave processors idle in the first wave.
+    would leave processors idle in the first wave. ``row_taps``: taps of one program, as ``conv_wgrad`` takes them.
     """
-    tiles = -(-problem.Co // block_m) * problem.taps * -(-problem.Ci // block_n)
+    tiles = -(-problem.Co // block_m) * (problem.taps // row_taps) * -(-problem.Ci // block_n)
     steps = -(-problem.M // block_k)
     most = max(1, min(2 * sm_count // tiles, steps // MIN_STEPS))
 

@@ -73,6 +73,16 @@ def test_plain(problem, split):
     assert_close(dw, reference(x, dy, problem), torch.float64)
 
 
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("problem", [problem for problem in SPATIAL if problem.S == 3], ids=str)
+def test_three_taps_to_a_program(problem, split):
+    x, dy = operands(problem, torch.float64)
+    config = GemmConfig(16, 16, 16, num_warps=4, split=split)
+    dw = conv_wgrad(x, dy, problem, config, out_dtype=torch.float64, row_taps=3)
+    assert torch.equal(dw, conv_wgrad(x, dy, problem, config, out_dtype=torch.float64))
+    assert_close(dw, reference(x, dy, problem), torch.float64)
+
+
 @pytest.mark.parametrize("split", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", [POINTWISE[0], SPATIAL[1]], ids=str)
@@ -165,6 +175,8 @@ def test_refuses_what_it_cannot_do():
         conv_wgrad(x.contiguous(), dy, problem, CONFIG, out_dtype=torch.float32)
     with pytest.raises(ValueError, match="one group"):
         conv_wgrad(x, dy, ConvProblem(1, 4, 4, 4, 4, groups=2), CONFIG, out_dtype=torch.float32)
+    with pytest.raises(ValueError, match="three wide"):
+        conv_wgrad(x, dy, problem, CONFIG, out_dtype=torch.float32, row_taps=3)
 
 
 def test_split_fills_the_device_and_bounds_the_workspace():
@@ -173,6 +185,8 @@ def test_split_fills_the_device_and_bounds_the_workspace():
     deep = ConvProblem(256, 7, 7, 512, 2048)  # 64 tiles of 128 x 128
     assert wgrad_split(deep, 128, 128, 64, 132) == 2
     assert wgrad_split(ConvProblem(1, 1, 1, 3, 5), 64, 64, 64, 132) == 1
+    rows = ConvProblem(256, 56, 56, 64, 64, 3, 3, padding=(1, 1))  # 9 tiles of 64 x 64, 3 with a filter row each
+    assert wgrad_split(rows, 64, 64, 64, 132, row_taps=3) == 88
     for problem in (wide, deep, ConvProblem(256, 14, 14, 256, 256, 3, 3, padding=(1, 1))):
         split = wgrad_split(problem, 128, 128, 64, 108)
         tiles = -(-problem.Co // 128) * -(-problem.Ci // 128) * problem.taps
