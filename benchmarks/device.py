@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import time
@@ -59,6 +60,7 @@ class Device:
         return torch.cuda.max_memory_allocated()
 
     def release(self) -> None:
+        gc.collect()
         torch.cuda.empty_cache()
 
     def facts(self) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit
                 _end(process)
             if problem is None:
                 break
-            running = json.loads(marker.read_text() or "{}")
+            running = read(marker)
             if running:
                 result = {"error": problem, "seconds": round(time.time() - running["since"], 1)}
                 document = read(path_of(out, stage)) or {"stage": stage, "results": {}}
@@ -199,8 +199,7 @@ def _watch(process: subprocess.Popen[bytes], marker: Path, deadline: float, item
     while (status := process.poll()) is None:
         time.sleep(0.1)
         now = time.time()
-        text = marker.read_text()
-        since = json.loads(text)["since"] if text else math.inf
+        since = (read(marker) or {}).get("since", math.inf)
         if now - since > item_seconds:
             return f"no answer in {item_seconds} s: killed"
         if now > deadline + 20:

@@ -15,14 +15,13 @@ from .. import networks
 from ..harness import Context, Item
 from ..networks import Training
 from ..timing import floor_us
-from .step import fused_resnet
 
 STEPS = 3
 TOP = 22
 
 
 def items(context: Context) -> Iterator[Item]:
-    yield "resnet50 ours", lambda: _profile(context, fused_resnet(50, context.dry), "ours")
+    yield "resnet50 ours", lambda: _profile(context, networks.fused_resnet(50, context.dry), "ours")
     yield "resnet50 eager", lambda: _profile(context, networks.torchvision_resnet(50, context.dry), "eager")
 
 

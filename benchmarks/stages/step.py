@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-import fused_resnet as fr
-
 from .. import networks
 from ..harness import Context, Item
 from ..networks import Training
@@ -27,20 +25,10 @@ def items(context: Context) -> Iterator[Item]:
     yield "resnet50 compiled", lambda: _compare(context, 50, compiled=True)
 
 
-def fused_resnet(depth: int, dry: bool) -> torch.nn.Module:
-    """Ours; a rehearsal takes one block a stage, as networks.torchvision_resnet does."""
-    if dry:
-        block = fr.Bottleneck if depth >= 50 else fr.BasicBlock
-        from torchvision.models.resnet import ResNet
-
-        return ResNet(block, [1, 1, 1, 1], num_classes=10)  # type: ignore[arg-type]
-    return getattr(fr, f"resnet{depth}")()
-
-
 def _compare(context: Context, depth: int, *, compiled: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
     theirs = networks.torchvision_resnet(depth, context.dry)
-    ours = fused_resnet(depth, context.dry)
+    ours = networks.fused_resnet(depth, context.dry)
     ours.load_state_dict(theirs.state_dict())
     options = {"backend": "eager"} if context.dry else {}
     makers: dict[str, tuple[torch.nn.Module, bool, Any]] = {
