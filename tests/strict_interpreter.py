@@ -20,14 +20,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.backends.nvidia.compiler import min_dot_size
 from triton.runtime import interpreter
 
-from .strict_builder import Handle, Span, StrictBuilder, Violation, decode, encode, is_half
+from .strict_builder import EnoughPrograms, Handle, Span, StrictBuilder, Violation, decode, encode, is_half
 
 # ----- reductions -----
 
@@ -102,10 +105,16 @@ def _run_grid(self: Any, *args: Any, **kwargs: Any) -> None:
     global _patched
     outer, _patched = _patched, set()
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), suppress(EnoughPrograms):
             _originals["run"](self, *args, **kwargs)
     finally:
         _patched = outer
+
+
+def _restore_arguments(self: Any, args: Any, args_host: Any, kwargs: Any, kwargs_host: Any) -> None:
+    """Copies results back to a GPU; what lies on the CPU was written in place."""
+    if any(isinstance(arg, torch.Tensor) and arg.device.type != "cpu" for arg in (*args, *kwargs.values())):
+        _originals["restore"](self, args, args_host, kwargs, kwargs_host)
 
 
 def _call_helper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +151,7 @@ _PATCHES: dict[str, tuple[Any, str, Any]] = {
     "hint": (interpreter.TensorHandle, "set_attr", _check_hint),
     "convert": (interpreter, "_implicit_cvt", _convert_argument),
     "run": (interpreter.GridExecutor, "__call__", _run_grid),
+    "restore": (interpreter.GridExecutor, "_restore_args_dev", _restore_arguments),
     "helper": (interpreter.InterpretedFunction, "__call__", _call_helper),
     "tensor": (interpreter, "_patch_lang_tensor", _patch_tensor),
     "descriptor": (interpreter.TensorDescHandle, "materialize_pointers", _descriptor_pointers),
@@ -160,3 +170,14 @@ def install(seed: int = 0) -> None:
     builder.__class__ = StrictBuilder
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
     builder.codegen_fns["min_dot_size"] = min_dot_size(None)
+
+
+@contextmanager
+def sampling(programs: int) -> Iterator[None]:
+    """Runs only so many programs from either end of each launch: for tensors too large to compute in full."""
+    builder = interpreter.interpreter_builder
+    builder.sample = programs
+    try:
+        yield
+    finally:
+        builder.sample = None

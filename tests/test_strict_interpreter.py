@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from tests.conftest import INTERPRETED
+
+if INTERPRETED:
+    from tests import strict_interpreter
+
 pytestmark = [
     pytest.mark.quick,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels here run compiled"),
+    pytest.mark.skipif(not INTERPRETED, reason="the kernels here run compiled"),
 ]
 
 
@@ -331,6 +335,15 @@ def test_programs_run_in_a_shuffled_order_all_of_them():
     first = run()
     assert sorted(first) == list(range(12)) and first != list(range(12))
     assert run() != first, "another launch, another order"
+
+
+def test_a_sample_runs_the_programs_at_either_end():
+    out = torch.full((10,), -1, dtype=torch.int32)
+    with strict_interpreter.sampling(2):
+        scatter_kernel[(10,)](out, STEP=1, READ=False)
+    assert out.tolist() == [0, 1, *[-1] * 6, 8, 9]
+    scatter_kernel[(10,)](out, STEP=1, READ=False)
+    assert out.tolist() == list(range(10))
 
 
 def test_fresh_memory_is_poison():
