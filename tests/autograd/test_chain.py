@@ -1,0 +1,202 @@
+"""The chain operator against nn.Conv2d and nn.BatchNorm2d in float64: every combination of what a chain can be."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import INTERPRETED
+from tests.eager import Chain, compare, mixing, pair
+
+quick = pytest.mark.quick
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
+
+PASSES = ("fprop", "dgrad", "wgrad")
+
+
+def image(*shape: int, requires_grad: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_(requires_grad)
+
+
+def chain(
+    count: int = 3,
+    kind: str = "none",
+    training: bool = True,
+    relu: bool = True,
+    stride: int = 2,
+    requires_grad: bool = True,
+    **options: Any,
+) -> Chain:
+    """1x1, 3x3 and 1x1 with odd channels; a projection samples as the 3x3 does. Only those that ``count`` leaves."""
+    if kind == "identity":
+        stride = 1
+    last = 7 if kind == "identity" else 10
+    widths = {1: [last], 2: [5, last], 3: [5, 6, last]}[count]
+    kernels = {1: [3], 2: [1, 3], 3: [1, 3, 1]}[count]
+    pairs, ci = [], 7
+    for co, kernel in zip(widths, kernels, strict=True):
+        geometry = {"stride": stride, "padding": 1} if kernel == 3 else {}
+        pairs.append(pair(ci, co, kernel, training=training, **geometry, **options))
+        ci = co
+    x = image(2, 7, 6, 5, requires_grad=requires_grad)
+    size = tuple(-(-s // stride) for s in (6, 5))
+    projection = pair(7, last, 1, stride=stride, training=training, **options) if kind == "projection" else None
+    residual = image(2, last, *size) if kind == "given" else None
+    return Chain(x, pairs, kind, projection, residual, relu)
+
+
+@quick
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection"])
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_combination(count: int, training: bool, kind: str, relu: bool) -> None:
+    compare(chain(count, kind, training, relu))
+
+
+GEOMETRY: dict[str, tuple[list[tuple[int, int, Any, dict[str, Any]]], dict[str, Any] | None]] = {
+    "groups": ([(8, 8, 1, {}), (8, 12, 3, {"groups": 4, "padding": 1}), (12, 9, 1, {})], None),
+    "grouped first": ([(8, 6, 3, {"groups": 2, "stride": 2}), (6, 5, 1, {})], None),
+    "depthwise last": ([(8, 6, 1, {}), (6, 6, 3, {"groups": 6, "padding": 1})], None),
+    "dilation": ([(8, 5, 3, {"dilation": 2, "padding": 2}), (5, 9, 3, {"dilation": (1, 2), "stride": (2, 1)})], None),
+    "padded 1x1": ([(8, 5, 1, {"padding": 1}), (5, 3, 1, {"padding": (0, 2), "stride": 2}), (3, 3, 2, {})], None),
+    "strided 1x1": ([(8, 5, 1, {"stride": 2}), (5, 5, 1, {"stride": (1, 2)}), (5, 3, 1, {})], None),
+    "rectangular": ([(8, 5, (1, 3), {"padding": (0, 1)}), (5, 4, (3, 1), {}), (4, 3, (2, 3), {})], None),
+    "one channel": ([(8, 1, 1, {}), (1, 1, 3, {"padding": 1}), (1, 2, 1, {})], None),
+    "many taps": ([(8, 4, 9, {"padding": 4}), (4, 3, 8, {"padding": 4})], None),
+    "3x3 projection": (
+        [(8, 5, 1, {}), (5, 6, 3, {"stride": 2, "padding": 1})],
+        {"kernel": 3, "stride": 2, "padding": 1},
+    ),
+    "grouped projection": ([(8, 6, 3, {"stride": 2, "padding": 1})], {"kernel": 1, "stride": 2, "groups": 2}),
+    "padded projection": ([(8, 6, 3, {"padding": 2})], {"kernel": 1, "padding": 1}),
+    "uneven projection": ([(8, 6, 3, {"stride": (3, 2), "padding": 1})], {"kernel": 1, "stride": (3, 2)}),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_geometry(name: str, training: bool) -> None:
+    layers, shortcut = GEOMETRY[name]
+    pairs = [pair(ci, co, kernel, training=training, **options) for ci, co, kernel, options in layers]
+    projection = None
+    if shortcut is not None:
+        shortcut = dict(shortcut)
+        projection = pair(8, layers[-1][1], shortcut.pop("kernel"), training=training, **shortcut)
+    compare(Chain(image(2, 8, 7, 6), pairs, "projection" if projection else "none", projection))
+
+
+# ---------------------------------------------------------------- the vendor's passes among ours
+
+
+def subsets() -> list[frozenset[tuple[int, str]]]:
+    """All, each alone, each left out, and some at random, of the twelve passes of a bottleneck with a projection."""
+    everything = frozenset(itertools.product((0, 1, 2, -1), PASSES))
+    drawn = random.Random(0)
+    some = [frozenset(p for p in everything if drawn.random() < 0.5) for _ in range(8)]
+    return [everything, *({p} for p in sorted(everything)), *(everything - {p} for p in sorted(everything)), *some]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("vendor", subsets(), ids=lambda s: "+".join(f"{i}{k[0]}" for i, k in sorted(s)))
+def test_vendor_and_fused_mix(vendor: frozenset[tuple[int, str]], training: bool) -> None:
+    with mixing(lambda i, kind: (i, kind) in vendor):
+        compare(chain(3, "projection", training))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("kind", ["none", "identity", "given"])
+@pytest.mark.parametrize("taps", [1, 9])
+def test_the_vendor_runs_only_filters_wider_than_1x1_or_only_1x1(taps: int, kind: str, training: bool) -> None:
+    case = chain(3, kind, training)
+    wide = [conv.weight[0, 0].numel() == taps for conv, _ in case.pairs]
+    with mixing(lambda i, _: wide[i]):
+        compare(case)
+
+
+# ---------------------------------------------------------------- what BN may be
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, -0.3, None])
+def test_momentum(momentum: float | None) -> None:
+    case = chain(2, momentum=momentum)
+    case.pairs[0][1].num_batches_tracked += 4
+    ours, theirs = compare(case)
+    for step in (ours, theirs):
+        step.x = step.x.detach() * 2
+    torch.testing.assert_close(ours.fused(), theirs.eager())
+    torch.testing.assert_close(ours.state(), theirs.state())
+
+
+def without(name: str) -> Any:
+    return lambda bn: setattr(bn, name, None)
+
+
+def untracked(bn: torch.nn.BatchNorm2d) -> None:
+    bn.track_running_stats = False
+
+
+BN_EDITS = {
+    "affine False": {"affine": False},
+    "no statistics": {"track_running_stats": False},
+    "weight without bias": without("bias"),
+    "bias without weight": without("weight"),
+    "statistics switched off": untracked,
+    "no counter": without("num_batches_tracked"),
+    "no counter, cumulative": [{"momentum": None}, without("num_batches_tracked")],
+    "large eps": {"eps": 0.5},
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("edit", BN_EDITS)
+def test_batch_norm_variants(edit: str, training: bool) -> None:
+    edits = BN_EDITS[edit]
+    edits = edits if isinstance(edits, list) else [edits]
+    options = {k: v for e in edits if isinstance(e, dict) for k, v in e.items()}
+    case = chain(2, "projection", training, **options)
+    for bn in (m for m in case.modules if isinstance(m, torch.nn.BatchNorm2d)):
+        for e in edits:
+            if callable(e):
+                e(bn)
+    compare(case)
+
+
+@pytest.mark.parametrize("modes", [*itertools.product([True, False], repeat=4)][1:-1])
+def test_layers_in_different_modes(modes: tuple[bool, ...]) -> None:
+    case = chain(3, "projection")
+    for mode, (_, bn) in zip(modes, [*case.pairs, case.projection], strict=True):
+        bn.train(mode)
+    compare(case)
+
+
+@pytest.mark.parametrize("kind", ["none", "identity", "given"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_frozen_layer_in_a_chain_that_trains(kind: str, relu: bool) -> None:
+    case = chain(2, kind, relu=relu)
+    case.pairs[0][1].eval()
+    compare(case)
+
+
+def test_parameters_in_another_dtype_than_statistics() -> None:
+    case = chain(2).copied()
+    for _, bn in case.pairs:
+        bn.float()
+    other = case.copied()
+    for _, bn in other.pairs:
+        bn.double()
+    (a, b), dout = (case.fused(), other.eager()), torch.randn(2, 10, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(a, b)
+    a.backward(dout)
+    b.backward(dout)
+    for name, value in other.state().items():
+        if value is not None:
+            got = case.state()[name]
+            if got.is_floating_point():
+                assert got.dtype == (torch.float64 if name == "dx" or got.dim() == 4 else torch.float32), name
+            torch.testing.assert_close(got.to(value.dtype), value, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,152 @@
+"""Chains of conv -> BN -> ReLU made of nn modules: run eagerly, and through the fused operations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import functional
+from fused_resnet.plan import planner
+from fused_resnet.plan.plans import Choice, Plan, decode
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+VENDOR = Choice("vendor", "a test")
+
+
+def pair(ci: int, co: int, kernel: int | tuple[int, int] = 1, *, training: bool = True, **options: Any) -> Pair:
+    """A float64 conv without bias and a BN whose every number is drawn; BN's keywords are ``eps`` and so on."""
+    bn_names = ("eps", "momentum", "affine", "track_running_stats")
+    bn_options = {name: options.pop(name) for name in bn_names if name in options}
+    conv = nn.Conv2d(ci, co, kernel, bias=False, **options).double()
+    return conv, norm(co, training=training, **bn_options)
+
+
+def norm(channels: int, *, training: bool = True, kind: type[nn.BatchNorm2d] = nn.BatchNorm2d, **options: Any) -> Any:
+    bn = kind(channels, **options).double()
+    for t, base in ((bn.weight, 1.0), (bn.bias, 0.0), (bn.running_mean, 0.0)):
+        if t is not None:
+            t.data.copy_(base + 0.3 * torch.randn(channels))
+    if bn.running_var is not None:
+        bn.running_var.copy_(0.5 + torch.rand(channels))
+    return bn.train(training)
+
+
+@dataclass
+class Chain:
+    """Pairs, and what joins before the last ReLU: "none", "identity", "given" or "projection"."""
+
+    x: Tensor
+    pairs: Sequence[Pair]
+    kind: str = "none"
+    projection: Pair | None = None
+    residual: Tensor | None = None
+    relu: bool = True
+    route: str = "staged"
+    dout: Tensor | None = field(default=None)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [m for p in (*self.pairs, *([self.projection] if self.projection else [])) for m in p]
+
+    def copied(self) -> Chain:
+        """The same numbers in tensors of their own; who requires a gradient does so there too."""
+
+        def fresh(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
+
+        pairs, projection = copy.deepcopy((self.pairs, self.projection))
+        return replace(self, x=fresh(self.x), pairs=pairs, projection=projection, residual=fresh(self.residual))
+
+    def eager(self) -> Tensor:
+        a = self.x
+        for i, (conv, bn) in enumerate(self.pairs):
+            a = bn(conv(a))
+            if i < len(self.pairs) - 1:
+                a = a.relu()
+        if self.projection is not None:
+            a = a + self.projection[1](self.projection[0](self.x))
+        elif self.kind == "identity":
+            a = a + self.x
+        elif self.kind == "given":
+            a = a + self.residual
+        return a.relu() if self.relu else a
+
+    def fused(self) -> Tensor:
+        def layer(p: Pair) -> tuple[functional.Conv, functional.BatchNorm]:
+            return functional.conv_of(p[0]), functional.batch_norm_of(p[1])
+
+        return functional._chain(
+            self.x,
+            [layer(p) for p in self.pairs],
+            layer(self.projection) if self.projection else None,
+            residual=self.residual,
+            identity=self.kind == "identity",
+            relu=self.relu,
+            route=self.route,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Gradients, running statistics and counters, by name."""
+        found = {f"{i}.{k}": v for i, m in enumerate(self.modules) for k, v in m.named_buffers()}
+        found |= {f"{i}.d{k}": p.grad for i, m in enumerate(self.modules) for k, p in m.named_parameters()}
+        return found | {"dx": self.x.grad, "dresidual": None if self.residual is None else self.residual.grad}
+
+
+def agree(a: dict[str, Tensor | None], b: dict[str, Tensor | None], **tolerance: Any) -> None:
+    """The same names with the same values; None only beside None."""
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        assert (a[name] is None) == (value is None), f"{name}: {a[name]} and {value}"
+        if value is not None:
+            torch.testing.assert_close(a[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def compare(case: Chain, backward: bool = True) -> tuple[Chain, Chain]:
+    """Output, gradients, running statistics and counters of the fused operation against eager's, in float64."""
+    ours, theirs = case.copied(), case.copied()
+    outs = ours.fused(), theirs.eager()
+    torch.testing.assert_close(*outs)
+    if backward and outs[1].requires_grad:
+        dout = torch.randn_like(outs[1]) if case.dout is None else case.dout
+        for out in outs:
+            out.backward(dout)
+    agree(ours.state(), theirs.state())
+    return ours, theirs
+
+
+Choose = Callable[[int, str], bool]
+"""(conv, pass) -> whether the vendor runs it; the projection is conv -1."""
+
+
+def mixed(text: str, vendor: Choose) -> str:
+    """The encoded plan with the passes that ``vendor`` names given to the vendor's convolution."""
+    plan = decode(text)
+
+    def edit(i: int, conv: Any) -> Any:
+        return replace(conv, **{kind: VENDOR for kind in ("fprop", "dgrad", "wgrad") if vendor(i, kind)})
+
+    projection = edit(-1, plan.projection) if plan.projection else None
+    edited: Plan = replace(plan, convs=tuple(edit(i, c) for i, c in enumerate(plan.convs)), projection=projection)
+    return edited.encode()
+
+
+@contextmanager
+def mixing(vendor: Choose) -> Iterator[None]:
+    """Plans made inside mix the vendor's passes and ours, as they do on a GPU."""
+    original = planner.chain_plan_text
+
+    def chain_plan_text(*args: Any) -> tuple[str, str]:
+        text, reason = original(*args)
+        return (mixed(text, vendor) if text else text), reason
+
+    planner.chain_plan_text = chain_plan_text
+    try:
+        yield
+    finally:
+        planner.chain_plan_text = original
