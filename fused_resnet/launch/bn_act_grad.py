@@ -115,7 +115,7 @@ def bn_grad_finalize(
     dgamma, dbeta = (torch.empty(channels, dtype=tiles.dtype, device=tiles.device) for _ in range(2))
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
     config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
-    vectors, block_t = step(config, tiles.element_size(), vectors=4)
+    vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_grad_finalize_kernel,
         (ceil_div(channels, config.block_c),),

@@ -71,7 +71,7 @@ def bn_finalize(
     _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
     config = merge_config(count, channels, interpreter=data.device.type == "cpu")
-    vectors, block_t = step(config, data.element_size(), vectors=4)
+    vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     running = [t for t in (running_mean, running_var) if t is not None]
     launch(
         bn_finalize_kernel,
