@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,16 +154,17 @@ def _compile(job: tuple[Any, int]) -> Compiled:
 
 def audit(
     sms: Iterable[int], dtypes: tuple[str, ...], *, exact: bool, kernel: str = "", jobs: int = 2
-) -> list[Compiled]:
+) -> Iterator[Compiled]:
     """Compiles what ships for each of ``sms``, ``jobs`` at a time."""
     from fused_resnet.plan.target import A100, H100
     from tests.shipped import shipped
 
     targets = {80: A100, 90: H100}
     work = [(call, sm) for sm in sms for call in shipped(targets[sm], dtypes, exact) if kernel in call.kernel]
+    work.sort(key=lambda job: (job[0].kernel, job[1], job[0].key()))
     context = multiprocessing.get_context("spawn")  # LLVM does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return sorted(pool.map(_compile, work, chunksize=4), key=lambda c: (c.kernel, c.sm, c.constants))
+        yield from pool.map(_compile, work, chunksize=4)
 
 
 def in_subprocess(arguments: list[str], python: str = sys.executable) -> list[Compiled]:
@@ -192,16 +193,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
         parser.error("TRITON_INTERPRET=1 makes interpreted kernels: unset it")
-    found = audit(
-        arguments.sm,
-        tuple(arguments.dtypes),
-        exact=not arguments.covering,
-        kernel=arguments.kernel,
-        jobs=arguments.jobs,
-    )
     print(HEADER)
-    for compiled in found:
-        print(compiled.row())
+    found = []
+    exact = not arguments.covering
+    for compiled in audit(
+        arguments.sm, tuple(arguments.dtypes), exact=exact, kernel=arguments.kernel, jobs=arguments.jobs
+    ):
+        found.append(compiled)
+        print(compiled.row(), flush=True)
     bad = [compiled for compiled in found if compiled.failures]
     print(f"{len(found)} compilations, {len(bad)} refused")
     if arguments.json:

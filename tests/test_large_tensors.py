@@ -102,6 +102,14 @@ def test_conv_wgrad(kernel):
     assert dw.shape == (C, C, kernel, kernel)
 
 
+def test_conv_wgrad_partials():
+    """Few pixels, but 1024 parts of a wide filter's gradient."""
+    wide = ConvProblem(1, 32, 32, 512, 512, 3, 3, padding=(1, 1), dtype="float16")
+    x = torch.zeros(1, 512, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    assert 1024 * wide.Co * wide.Ci * wide.taps > 2**31
+    conv_wgrad(x, x, wide, GemmConfig(64, 64, 16, split=1024), out_dtype=torch.float32)
+
+
 def test_passes():
     y, residual, dout = reserved(), reserved(), reserved()
     stats = torch.rand(4, C)

@@ -80,7 +80,7 @@ def check_large() -> None:
     with test_large_tensors.reserving_memory():
         test_large_tensors.test_conv_fprop(1)
         test_large_tensors.test_conv_dgrad(1, 1)
-        test_large_tensors.test_conv_wgrad(1)
+        test_large_tensors.test_conv_wgrad_partials()
         test_large_tensors.test_passes()
 
 
