@@ -80,15 +80,17 @@ class Training:
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
-            self.loss = F.cross_entropy(self.forward(self.x), self.target)
-        self.loss.backward()
+            loss = F.cross_entropy(self.forward(self.x), self.target)
+        loss.backward()
+        # Detached: a graph that outlives its step would keep gradient accumulators bound to that step's stream.
+        self.loss = loss.detach()
         self.optimizer.step()
 
     def prepare(self, *, graph: bool = False, warmup: int = 5) -> Step:
         """Warms up (and captures); returns what one step is."""
         for _ in range(1 if self.device.dry else warmup):
             self.step()
-            self.losses.append(float(self.loss.detach()))
+            self.losses.append(float(self.loss))
         self.device.synchronize()
         if graph:
             self.optimizer.zero_grad(set_to_none=True)

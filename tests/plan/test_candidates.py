@@ -1,0 +1,49 @@
+"""The configurations worth measuring."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import problems
+from fused_resnet.plan.candidates import MOST, candidates
+from fused_resnet.plan.config import supports
+from fused_resnet.plan.planner import default_config
+from fused_resnet.plan.target import H100
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_every_layer_has_some_and_each_is_supported(depth: int) -> None:
+    for layer in problems.layers(depth)[1:]:
+        for kind in ("fprop", "dgrad", "wgrad"):
+            found = candidates(layer.problem, kind, H100)
+            assert 4 <= len(found) == len(set(found)) <= MOST
+            assert found[0] == default_config(layer.problem, kind, H100)
+            assert all(supports(layer.problem, kind, H100, config)[0] for config in found)
+            assert all(config.split == 1 for config in found) or kind == "wgrad"
+
+
+def test_the_layers_are_those_of_the_network() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    for depth in (18, 50):
+        model = getattr(torchvision.models, f"resnet{depth}")()
+        counted: Counter[tuple[int, ...]] = Counter()
+
+        def count(m: Any, inputs: Any, out: Any, counted: Counter[tuple[int, ...]] = counted) -> None:
+            counted[(*inputs[0].shape, *out.shape, *m.kernel_size, *m.stride, *m.padding)] += 1
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(count)
+        with torch.no_grad(), torch.device("meta"):
+            model.to("meta")(torch.empty(2, 3, 224, 224))
+        ours: Counter[tuple[int, ...]] = Counter()
+        for layer in problems.layers(depth, batch=2):
+            p = layer.problem
+            ours[(2, p.Ci, p.H, p.W, 2, p.Co, p.P, p.Q, p.R, p.S, *p.stride, *p.padding)] += layer.count
+        assert ours == counted
