@@ -64,8 +64,8 @@ def commit() -> str:
 
 def main(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    # Threads that spin while they wait make a busy machine slower by far, and NumPy, which the interpreter computes with,
-    # gains nothing from them at these sizes. Read when PyTorch and NumPy are imported.
+    # Threads that spin while they wait make a busy machine slower by far, and NumPy, in which the interpreter
+    # computes, gains nothing from them at these sizes. Read when PyTorch and NumPy are imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     say("scripts/compare: the same ResNet, eagerly, compiled and fused")

@@ -11,7 +11,7 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class ImageSet:
     size: tuple[int, int]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    augment: bool = False  # training images in memory are shifted, and mirrored
 
     def count(self, split: str) -> int:
         return len(getattr(self, split))
@@ -58,7 +59,7 @@ class ImageSet:
         def move(split: Dataset) -> Dataset:
             return TensorDataset(*(t.to(device) for t in split.tensors)) if isinstance(split, TensorDataset) else split
 
-        return ImageSet(self.name, move(self.train), move(self.test), self.num_classes, self.size, self.mean, self.std)
+        return replace(self, train=move(self.train), test=move(self.test))
 
     def batches(
         self,
@@ -77,9 +78,9 @@ class ImageSet:
         """
         data = getattr(self, split)
         device = torch.device(device)
-        order = torch.arange(len(data))
+        order, chance = torch.arange(len(data)), torch.Generator()
         if seed is not None:
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + epoch))
+            order = torch.randperm(len(data), generator=chance.manual_seed(seed + epoch))
         if isinstance(data, TensorDataset):
             pixels, labels = data.tensors
             for index in order.to(pixels.device).split(batch_size):
@@ -88,6 +89,8 @@ class ImageSet:
                 images = pixels[index].to(device, torch.float32) / 255
                 shape = (1, len(self.mean), 1, 1)
                 images = (images - images.new_tensor(self.mean).view(shape)) / images.new_tensor(self.std).view(shape)
+                if self.augment and split == "train":
+                    images = _shift_and_mirror(images, chance)
                 images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
                 yield images, labels[index].to(device)
         else:
@@ -103,10 +106,35 @@ class ImageSet:
                 yield images, labels.to(device, non_blocking=True)
 
 
-def load(spec: str, *, root: Path, seed: int = 0, image_size: int | None = None, limit: int | None = None) -> ImageSet:
+def _shift_and_mirror(images: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """Each image moved by up to an eighth of its size and, every other time, mirrored (He et al. 2015, section 4.2)."""
+    n, channels, height, width = images.shape
+    reach = (height // 8, width // 8)
+    images = torch.nn.functional.pad(images, (reach[1], reach[1], reach[0], reach[0]))
+    rows, columns = (
+        torch.arange(extent) + torch.randint(2 * far + 1, (n, 1), generator=chance)
+        for extent, far in zip((height, width), reach)
+    )
+    mirrored = torch.rand(n, 1, generator=chance) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns).to(images.device)[:, None, None, :]
+    rows = rows.to(images.device)[:, None, :, None]
+    pick = torch.arange(n, device=images.device)[:, None, None, None]
+    return images[pick, torch.arange(channels, device=images.device)[None, :, None, None], rows, columns]
+
+
+def load(
+    spec: str,
+    *,
+    root: Path,
+    seed: int = 0,
+    image_size: int | None = None,
+    limit: int | None = None,
+    augment: bool = False,
+) -> ImageSet:
     """The image set that ``spec`` names; raises :class:`DataError` with what to do where there is none.
 
-    ``image_size`` is for ``imagefolder`` and ``synthetic``; ``limit`` keeps the first so many training images.
+    ``image_size`` is for ``imagefolder`` and ``synthetic``; ``limit`` keeps the first so many training images;
+    ``augment`` varies the training images at random, except digits, which would become others.
     """
     kind, _, path = spec.partition(":")
     if kind == "digits":
@@ -116,11 +144,13 @@ def load(spec: str, *, root: Path, seed: int = 0, image_size: int | None = None,
     elif kind == "cifar10":
         images = _cifar10(root)
     elif kind == "imagefolder" and path:
-        images = _image_folder(Path(path).expanduser(), image_size or 224, seed)
+        images = _image_folder(Path(path).expanduser(), image_size or 224, seed, augment)
     elif kind == "synthetic":
         images = _synthetic(image_size or 224, seed)
     else:
         raise DataError(f"unknown data set {spec!r}: digits, fashion-mnist, cifar10, imagefolder:PATH or synthetic")
+    if kind in ("fashion-mnist", "cifar10"):
+        images = replace(images, augment=augment)
     if limit is not None and limit < images.count("train"):
         train = images.train
         if isinstance(train, TensorDataset):
@@ -129,7 +159,7 @@ def load(spec: str, *, root: Path, seed: int = 0, image_size: int | None = None,
             # A folder lists its images class by class: the first so many of a shuffle hold every class.
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
             train = Subset(train, order[:limit].tolist())
-        images = ImageSet(images.name, train, images.test, images.num_classes, images.size, images.mean, images.std)
+        images = replace(images, train=train)
     return images
 
 
@@ -233,7 +263,7 @@ def _download(title: str, torchvision_name: str, root: Path, cure: str) -> list[
         socket.setdefaulttimeout(timeout)
 
 
-def _image_folder(path: Path, size: int, seed: int) -> ImageSet:
+def _image_folder(path: Path, size: int, seed: int, augment: bool) -> ImageSet:
     """``PATH/train/<class>/*`` and ``PATH/val/<class>/*``, or ``PATH/<class>/*``, of which a fifth is held out."""
     import torchvision
     from torchvision.transforms import v2
@@ -242,10 +272,10 @@ def _image_folder(path: Path, size: int, seed: int) -> ImageSet:
         pixels = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         return v2.Compose([*crop, *pixels])
 
-    # Every candidate sees the same pixels, so the crops of training are the fixed ones of the test.
-    crop = transform(v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size))
+    fixed = transform(v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size))
+    varied = transform(v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()) if augment else fixed
 
-    def folder(place: Path) -> torchvision.datasets.ImageFolder:
+    def folder(place: Path, crop: v2.Compose) -> torchvision.datasets.ImageFolder:
         try:
             return torchvision.datasets.ImageFolder(str(place), crop)
         except (FileNotFoundError, OSError) as error:
@@ -254,17 +284,18 @@ def _image_folder(path: Path, size: int, seed: int) -> ImageSet:
 
     halves = [path / "train", next((path / n for n in ("val", "test", "valid") if (path / n).is_dir()), path / "val")]
     if halves[0].is_dir() and halves[1].is_dir():
-        train, test = (folder(half) for half in halves)
+        train, test = (folder(half, crop) for half, crop in zip(halves, (varied, fixed)))
         if train.classes != test.classes:
             raise DataError(
                 f"{halves[0]} and {halves[1]} do not hold the same classes: make their folders' names equal"
             )
         classes = len(train.classes)
     else:
-        whole = folder(halves[0] if halves[0].is_dir() else path)
+        place = halves[0] if halves[0].is_dir() else path
+        whole = folder(place, fixed)
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, len(whole) // 5)
-        train, test = Subset(whole, order[held_out:]), Subset(whole, order[:held_out])
+        train, test = Subset(folder(place, varied), order[held_out:]), Subset(whole, order[:held_out])
         classes = len(whole.classes)
     return ImageSet(path.name, train, test, classes, (size, size))
 

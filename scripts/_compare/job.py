@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import data
+import networks
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +22,10 @@ from .result import Candidate, Cost, Result
 
 Say = Callable[[str], None]
 
-SMALL_LAYERS = (2, 1, 1)  # bottlenecks per stage: both kinds of shortcut, stride 1 and 2
-SMALL_IMAGE = 64  # up to so many pixels a side the stem is 3x3 without pooling
 TRUTH = {"float32": "float64", "bfloat16": "float32", "float16": "float32"}
 WARM_UP_STEPS = 10
 STEPS_A_TURN = 5
+EXACT_STEPS = 3  # in the interpreter, in float64 as well
 
 
 class JobError(Exception):
@@ -36,14 +36,7 @@ def build(family: Any, model: str, images: data.ImageSet) -> nn.Module:
     """A network of ``family`` (fused_resnet, or its reference) for these images."""
     # Branches that start as zero are the usual recipe (Goyal et al. 2017), and they keep the first steps from
     # magnifying a rounding error a thousandfold, which would leave nothing to compare.
-    keywords = {
-        "num_classes": images.num_classes,
-        "small_input": max(images.size) <= SMALL_IMAGE,
-        "zero_init_residual": True,
-    }
-    if model == "small":
-        return family.ResNet(family.Bottleneck, SMALL_LAYERS, **keywords)
-    return getattr(family, model)(**keywords)
+    return networks.build(family, model, images.num_classes, images.size, zero_init_residual=True)
 
 
 class Trainer:
@@ -128,7 +121,10 @@ class Job:
         self.total = self.per_epoch * options.epochs
         self.trainers: dict[str, Trainer] = {}
         torch.manual_seed(options.seed)
-        self.weights = build(fr.reference, options.model, self.images).state_dict()
+        try:
+            self.weights = build(fr.reference, options.model, self.images).state_dict()
+        except ValueError as error:  # a depth that does not exist
+            raise JobError(f"--model {options.model}: {error}") from error
         self._describe()
 
     def _describe(self) -> None:
@@ -165,6 +161,7 @@ class Job:
             self.result.candidates["compiled"] = Candidate(
                 "compiled", note="skipped: it is about speed, and there is no GPU"
             )
+            self._train("fused float64", fr, min(EXACT_STEPS, self.result.steps), precision="float64")
             self._train("fused", fr, self.result.steps)
             self._check_fused()
             self._fused_accuracy()
@@ -214,18 +211,20 @@ class Job:
         finally:
             torch.backends.cudnn.allow_tf32 = tf32
 
-    def _train(self, name: str, family: Any, steps: int, compile_mode: str = "off") -> None:
+    def _train(
+        self, name: str, family: Any, steps: int, compile_mode: str = "off", precision: str | None = None
+    ) -> None:
         """Trains one candidate for ``steps`` steps, evaluating it after every epoch that it completes."""
-        c = self.result.candidates[name] = Candidate(name)
-        self.say(f"\n{name}: {steps} steps" + (" in Triton's interpreter" if name == "fused" and not self.gpu else ""))
+        c = self.result.candidates[name] = Candidate(name, exact=precision == "float64")
+        self.say(f"\n{name}: {steps} steps" + (" in Triton's interpreter" if family is fr and not self.gpu else ""))
         before = torch.cuda.memory_allocated(self.device) if self.gpu else 0
-        trainer = self.trainers[name] = self._trainer(family, self.precision, compile_mode)
+        trainer = self.trainers[name] = self._trainer(family, precision or self.precision, compile_mode)
         losses: list[Tensor] = []
         start = time.monotonic()
         each_step = steps <= 20 and not self.gpu
         try:
             for batch in itertools.islice(self._batches(), steps):
-                if name == "fused" and not trainer.taken:
+                if family is fr and not trainer.taken:
                     losses.append(self._first_fused_step(trainer, c, batch))
                 else:
                     losses.append(trainer.step(*batch))
@@ -265,7 +264,7 @@ class Job:
             if r.agrees(name) is False:
                 r.failures.append(
                     f"the losses of {name} disagree: they are {r.error(name):.1e} from {r.truth_name}'s, "
-                    f"where {r.tolerance():.1e} is allowed"
+                    f"where {r.tolerance(name):.1e} is allowed"
                 )
 
     def _fused_accuracy(self) -> None:

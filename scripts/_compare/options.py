@@ -6,19 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-MODELS = (
-    "small",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from networks import NAMES, name_of_network
+
 DATA = ("digits", "fashion-mnist", "cifar10", "imagefolder:PATH", "synthetic")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 COMPILE_MODES = ("default", "max-autotune", "reduce-overhead", "off")
@@ -72,6 +62,16 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _model(text: str) -> str:
+    try:
+        return name_of_network(text)
+    except ValueError:
+        known = ", ".join(NAMES)
+        raise argparse.ArgumentTypeError(
+            f"there is no model {text!r}; there are {known}, cifar_resnet20, plain18"
+        ) from None
+
+
 def _data(text: str) -> str:
     kind, _, path = text.partition(":")
     if kind == "imagefolder":
@@ -103,9 +103,11 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model",
         default="small",
-        choices=MODELS,
+        type=_model,
         metavar="NAME",
-        help="small (default; four bottleneck blocks), " + ", ".join(MODELS[1:]),
+        help="small (default; four bottleneck blocks), "
+        + ", ".join(NAMES[1:])
+        + ", cifar_resnet20, cifar_plain20, plain18, ... by depth",
     )
     what.add_argument(
         "--data", default="digits", type=_data, metavar="SET", help=" | ".join(DATA) + " (default digits)"

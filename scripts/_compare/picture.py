@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 
 from .result import Result, distance
 
-COLOURS = {"eager": "#4c72b0", "compiled": "#dd8452", "fused": "#2a9d5c"}
-MARKS = {"eager": "o", "compiled": "s", "fused": "x"}
+COLOURS = {"eager": "#4c72b0", "compiled": "#dd8452", "fused": "#2a9d5c", "fused float64": "#8a5fb5"}
+MARKS = {"eager": "o", "compiled": "s", "fused": "x", "fused float64": "+"}
 GREY = "#555555"
 
 
@@ -39,7 +39,7 @@ def _training(axis: Axes, r: Result) -> None:
     axis.set(title="training", xlabel="step", ylabel="loss")
     longest = max((len(c.losses) for c in r.candidates.values()), default=0)
     for name, c in r.candidates.items():
-        if not c.losses:
+        if not c.losses or c.exact:
             continue
         accuracy = (
             f", {c.accuracy:.1%} right on held-out images" if c.accuracy is not None and not c.accuracy_note else ""
@@ -74,7 +74,7 @@ def _agreement(axis: Axes, r: Result) -> None:
         if not pairs:
             continue
         # A distance of exactly nothing has no place on a logarithmic axis: it is drawn at its foot.
-        distances = [max(distance(*pair), 1e-10) for pair in pairs]
+        distances = [max(distance(*pair), 1e-17) for pair in pairs]
         steps = range(1, len(pairs) + 1)
         axis.plot(steps, distances, MARKS[name] + "-", color=COLOURS[name], label=name, linewidth=1, markersize=6)
         drawn = True
