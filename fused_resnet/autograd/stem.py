@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..launch import bn_act_grad, stem_pool
-from ..plan.passes import pass_config, reduce_config
+from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
@@ -54,8 +54,7 @@ def _forward(
     else:
         y = conv_only(conv, w, x)
         stats = frozen_stats(layer, x)
-    rows = y.shape[0] * y.shape[2] * y.shape[3]
-    config = pass_config(rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
+    config = window_config(y.shape[1], interpreter=decoded.interpreter)
     out, index = stem_pool.stem_pool(y, stats, config)
     return out, y, index, stats
 
@@ -86,7 +85,7 @@ def _backward(
     reducing = reduce_config(
         rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter
     )
-    tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, reducing)
+    tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, config)
     dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
     empty = x.new_empty(0)
     dx, dw = empty, empty.clone()
@@ -94,7 +93,7 @@ def _backward(
         if not decoded.problem.batch_statistics:
             coeffs = torch.cat([stats[2:3], torch.zeros_like(stats[:2])])
         applying = pass_config(rows, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
-        dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, applying)
+        dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, config)
         if needs_weight:
             dw = wgrad(Passes(decoded), conv, weight, x, None, Formed(dy), weight.dtype)
         if needs_x:

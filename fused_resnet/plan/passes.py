@@ -64,3 +64,10 @@ def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> Pas
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
     block_t = min(next_power_of_2(tiles), 1024)
     return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (8 * WARP), 16)))
+
+
+def window_config(channels: int, *, interpreter: bool = False) -> PassConfig:
+    """A pass over pooling windows: ``block_m`` windows at once, a power of two, each with its nine pixels in registers."""
+    if interpreter:
+        return PassConfig(block_m=4096, block_c=min(next_power_of_2(channels), 512), num_warps=INTERPRETER_WARPS)
+    return PassConfig(block_m=16, block_c=min(next_power_of_2(channels), 64))
