@@ -9,8 +9,8 @@ from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
 
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3}
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 POINTWISE = [
     ConvProblem(2, 5, 6, 20, 5, dtype="float64"),
@@ -140,7 +140,7 @@ def test_residual(problem, residual_stride):
     assert_close(dx, expected, dy.dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 20, 24, 1, 1), (2, 6, 5, 20, 5, 3, 3)], ids=str)
 def test_lower_precision(shape, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
