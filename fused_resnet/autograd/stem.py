@@ -82,9 +82,7 @@ def _backward(
     assert decoded.problem is not None
     conv = decoded.convs[0]
     rows = conv.problem.M
-    reducing = reduce_config(
-        rows // 4 + 1, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter
-    )
+    config = window_config(y.shape[1], interpreter=decoded.interpreter)
     tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, config)
     dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
     empty = x.new_empty(0)
@@ -92,7 +90,6 @@ def _backward(
     if needs_x or needs_weight:
         if not decoded.problem.batch_statistics:
             coeffs = torch.cat([stats[2:3], torch.zeros_like(stats[:2])])
-        applying = pass_config(rows, y.shape[1], y.element_size(), decoded.sm_count, interpreter=decoded.interpreter)
         dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, config)
         if needs_weight:
             dw = wgrad(Passes(decoded), conv, weight, x, None, Formed(dy), weight.dtype)
