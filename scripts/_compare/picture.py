@@ -57,12 +57,10 @@ def _training(axis: Axes, r: Result) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Running mean with a memory of about ten steps."""
-    smoothed, mean = [], values[0]
-    for value in values:
-        mean += (value - mean) * 0.1
-        smoothed.append(mean)
-    return smoothed
+    """Means over a window around each step, a twentieth of the run wide."""
+    reach = len(values) // 40
+    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _agreement(axis: Axes, r: Result) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 import train_main
 
-SHORT = [
+SHORT = shlex.split("--data digits --eager --device cpu --limit 128 -b 32 --lr 0.02 --print-freq 4")
     "--data",
     "digits",
     "--eager",
@@ -24,23 +26,8 @@ SHORT = [
 
 
 def test_learns_and_evaluates(capsys):
-    arguments = [
-        "--data",
-        "digits",
-        "--eager",
-        "--device",
-        "cpu",
-        "--limit",
-        "600",
-        "-b",
-        "32",
-        "--lr",
-        "0.02",
-        "--opt",
-        "sgd_nesterov",
-        "--epochs",
-        "3",
-    ]
+    arguments = shlex.split("--data digits --eager --device cpu --limit 600 -b 32 --lr 0.02 --epochs 3")
+    arguments += ["--opt", "sgd_nesterov"]
     assert train_main.main([*arguments, "--lr-scheduler", "cosineannealinglr", "--lr-warmup-epochs", "1"]) == 0
     printed = capsys.readouterr().out
     accuracy = float(printed.strip().splitlines()[-1].split("top-1 ")[1].split("%")[0])
