@@ -9,20 +9,6 @@ import torch
 import train_main
 
 SHORT = shlex.split("--data digits --eager --device cpu --limit 128 -b 32 --lr 0.02 --print-freq 4")
-    "--data",
-    "digits",
-    "--eager",
-    "--device",
-    "cpu",
-    "--limit",
-    "128",
-    "-b",
-    "32",
-    "--lr",
-    "0.02",
-    "--print-freq",
-    "4",
-]
 
 
 def test_learns_and_evaluates(capsys):
