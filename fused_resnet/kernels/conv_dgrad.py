@@ -131,7 +131,7 @@ def conv_dgrad_kernel(
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
     taps_s = tl.maximum(taps_s, 1)  # a class without taps runs no iteration, and must not divide by zero either
     taps = tl.maximum(taps_r, 1) * taps_s
-    # Transposed, because a column's sum then stays inside four threads: the statistics cost 8 shuffles, not 400.
+    # Transposed, as in conv_fprop: a column of the result lies in four threads, which makes its sums cheap.
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(iterations):
         tap = i % taps

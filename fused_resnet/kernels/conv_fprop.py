@@ -82,7 +82,7 @@ def conv_fprop_kernel(
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * Ci + offs_k[None, :]
     w_ptrs = w_ptr + tl.minimum(offs_n, Co - 1)[None, :] * (TAPS * Ci) + offs_k[:, None]
 
-    # Transposed, because a column's sum then stays inside four threads: the statistics cost 8 shuffles, not 400.
+    # Transposed: a column of the result lies in four threads, so its sums cost 8 shuffles a warp (384 the other way).
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(TAPS * tl.cdiv(Ci, BLOCK_K)):
         tap = i % TAPS
