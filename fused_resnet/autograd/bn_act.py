@@ -70,6 +70,8 @@ def _backward(
     stats: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
+    needs_y: bool,
+    needs_residual: bool,
     batch_statistics: bool,
     relu: bool,
     sm_count: int,
@@ -77,19 +79,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, channels, itemsize = _size(y)
     reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
-    dz, tiles = bn_act_grad.bn_act_grad_reduce(dout, y, stats, reducing, out=out, relu=relu)
-    assert dz is not None
+    dz, tiles = bn_act_grad.bn_act_grad_reduce(
+        dout, y, stats, reducing, out=out, relu=relu, store_dz=needs_y or needs_residual
+    )
     dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
-    applying = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
-    dy = bn_act_grad.bn_grad_apply(dz, y if batch_statistics else None, coeffs, applying)
-    # An operator's output must not be its input: without a ReLU dz is dout itself.
-    dresidual = dz if relu else dz.clone(memory_format=torch.preserve_format)
-    empty = y.new_empty(0)
+    dy, dresidual = y.new_empty(0), y.new_empty(0)
+    if needs_y:
+        assert dz is not None
+        applying = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
+        dy = bn_act_grad.bn_grad_apply(dz, y if batch_statistics else None, coeffs, applying)
+    if needs_residual:
+        assert dz is not None
+        # An operator's output must not be its input: without a ReLU dz is dout itself.
+        dresidual = dz if relu else dz.clone(memory_format=torch.preserve_format)
     return (
         dy,
         dresidual,
-        empty if gamma is None else dgamma.to(gamma.dtype),
-        empty.clone() if beta is None else dbeta.to(beta.dtype),
+        y.new_empty(0) if gamma is None else dgamma.to(gamma.dtype),
+        y.new_empty(0) if beta is None else dbeta.to(beta.dtype),
     )
 
 
@@ -100,10 +107,15 @@ def _backward_fake(
     stats: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
+    needs_y: bool,
+    needs_residual: bool,
     *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (gamma, beta)]
-    images = [torch.empty_like(y, memory_format=torch.channels_last) for _ in range(2)]
+    images = [
+        torch.empty_like(y, memory_format=torch.channels_last) if needed else y.new_empty(0)
+        for needed in (needs_y, needs_residual)
+    ]
     return images[0], images[1], parameters[0], parameters[1]
 
 
@@ -116,7 +128,8 @@ bn_act_forward = define(
 )
 bn_act_backward = define(
     "bn_act_backward(Tensor dout, Tensor y, Tensor? out, Tensor stats, Tensor? gamma, Tensor? beta, "
-    "bool batch_statistics, bool relu, int sm_count, bool interpreter) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_y, bool needs_residual, bool batch_statistics, bool relu, int sm_count, bool interpreter) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -145,12 +158,13 @@ class _BNAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, out, stats, gamma, beta = ctx.saved_tensors
-        batch_statistics, _, _, relu, sm_count, interpreter = ctx.settings
+        batch_statistics, _, _, *rest = ctx.settings
+        wants = ctx.needs_input_grad[1:5]
         dout = dout.contiguous(memory_format=torch.channels_last)
         grads = refuse_second_derivative(
-            bn_act_backward, dout, y, out, stats, gamma, beta, batch_statistics, relu, sm_count, interpreter
+            bn_act_backward, dout, y, out, stats, gamma, beta, *wants[:2], batch_statistics, *rest
         )
-        wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:5], strict=True)]
+        wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
         return None, *wanted, None, None, None
 
 
