@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,25 @@ def chosen(context: Context, depth: int) -> list[problems.Layer]:
 
 
 def items(context: Context) -> Iterator[Item]:
+    for channels in (4, 8):
+        yield f"stem padded to {channels}", lambda c=channels: padded_stem(context, c)
     seen: set[ConvProblem] = set()
     for depth in (50, 18):
         for layer in chosen(context, depth):
             if layer.problem not in seen:
                 seen.add(layer.problem)
                 yield layer.name, lambda problem=layer.problem: measure(context, problem)
+
+
+def padded_stem(context: Context, channels: int) -> dict[str, Any]:
+    """The stem's convolution on images padded to ``channels``, and what the padding itself costs."""
+    stem = chosen(context, 50)[0].problem
+    result = measure(context, replace(stem, Ci=channels), dgrad=False)
+    x = image(stem.N, 3, stem.H, stem.W, stem.dtype, context.device.name)
+    timing = interleave(context.device, {"pad": [lambda: torch.nn.functional.pad(x, (0, 0, 0, 0, 0, channels - 3))]})[
+        "pad"
+    ]
+    return {**result, "pad_us": timing.us, "line": f"{result['line']} | padding {timing.us:.0f} us"}
 
 
 def calls(problem: ConvProblem, device: str, sets: int) -> dict[str, list[Any]]:
@@ -42,10 +56,10 @@ def calls(problem: ConvProblem, device: str, sets: int) -> dict[str, list[Any]]:
     }
 
 
-def measure(context: Context, problem: ConvProblem) -> dict[str, Any]:
+def measure(context: Context, problem: ConvProblem, dgrad: bool = True) -> dict[str, Any]:
     nbytes = problems.conv_bytes(problem, torch.finfo(getattr(torch, problem.dtype)).bits // 8)
     candidates = calls(problem, context.device.name, rotation(context.device, nbytes))
-    if problem.Ci == 3:
+    if problem.Ci == 3 or not dgrad:
         del candidates["dgrad"]  # the images need no gradient
     floor = floor_us(context.ceilings, nbytes, problem.flops)
     passes = {}

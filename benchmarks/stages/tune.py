@@ -67,10 +67,11 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
     heats = interleave(device, {str(config): call for config, call in calls.items()}, samples=4)
     order = sorted(calls, key=lambda config: heats[str(config)].us)
     right, wrong = [], {}
+    reference = case.references(sets[0])
     for config in order:
         if len(right) == FINALISTS:
             break
-        verdicts = case.check(sets[0], config)
+        verdicts = case.check(sets[0], config, reference)
         failed = {name: v for name, v in verdicts.items() if not v["ok"]}
         if failed:
             wrong[str(config)] = failed

@@ -11,7 +11,7 @@ from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target
 
-MOST = 14
+MOST = 18
 
 
 def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
@@ -43,6 +43,8 @@ def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
     if columns >= 128:
         yield GemmConfig(128, 128, k, 8, 3, maxnreg=128)
         yield GemmConfig(128, 128, 32, 8, 4)
+    if columns >= 512:
+        yield GemmConfig(64, 512, 32, 8, 3)  # a prologue is computed once for every N tile: the fewer the better
     if depth % 128 == 0:
         yield GemmConfig(128, min(128, max(32, columns)), 128, 8, 2)
 
