@@ -8,7 +8,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import data
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import fused_resnet as fr
 
 from .result import Candidate, Cost, Result
+from .trainer import Trainer
 
 Say = Callable[[str], None]
 
@@ -37,61 +37,6 @@ def build(family: Any, model: str, images: data.ImageSet) -> nn.Module:
     # Branches that start as zero are the usual recipe (Goyal et al. 2017), and they keep the first steps from
     # magnifying a rounding error a thousandfold, which would leave nothing to compare.
     return networks.build(family, model, images.num_classes, images.size, zero_init_residual=True)
-
-
-class Trainer:
-    """A model with SGD (momentum, Nesterov) under a learning rate that warms up, then falls to zero over the run."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        precision: str,
-        device: torch.device,
-        lr: float,
-        total: int,
-        compile_mode: str = "off",
-    ) -> None:
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.forward: Callable[[Tensor], Tensor] = self.model
-        if compile_mode != "off":
-            self.forward = torch.compile(self.model, mode=compile_mode)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=device.type == "cuda"
-        )
-        self.dtype, self.device, self.lr, self.total, self.taken = dtype, device, lr, max(total, 1), 0
-        self.autocast = getattr(torch, precision) if precision in ("bfloat16", "float16") else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
-
-    def _context(self) -> Any:
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One training step; returns the loss, not waiting for the device."""
-        done = self.taken / self.total
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min((self.taken + 1) / (0.1 * self.total), max(1.0 - done, 0.01), 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._context():
-            loss = nn.functional.cross_entropy(self.forward(images.to(self.dtype)), labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.taken += 1
-        return loss.detach()
-
-    def accuracy(self, batches: Iterator[data.Batch]) -> float:
-        """Share of images whose class comes first, with running statistics."""
-        self.model.eval()
-        right = torch.zeros((), device=self.device)
-        count = 0
-        with torch.no_grad(), self._context():
-            for images, labels in batches:
-                right += (self.model(images.to(self.dtype)).argmax(1) == labels).sum()
-                count += len(labels)
-        self.model.train()
-        return right.item() / count
 
 
 class Job:
@@ -169,7 +114,7 @@ class Job:
             if self.options.compile_mode == "off":
                 self.result.candidates["compiled"] = Candidate("compiled", note="left out: --compile-mode off")
             else:
-                self._train("compiled", fr.reference, self.total, self.options.compile_mode)
+                self._train_compiled()
             self._train("fused", fr, self.total)
             self._check_fused()
             if not self.result.failures:
@@ -220,7 +165,7 @@ class Job:
         before = torch.cuda.memory_allocated(self.device) if self.gpu else 0
         trainer = self.trainers[name] = self._trainer(family, precision or self.precision, compile_mode)
         losses: list[Tensor] = []
-        start = time.monotonic()
+        start = spoken = time.monotonic()
         each_step = steps <= 20 and not self.gpu
         try:
             for batch in itertools.islice(self._batches(), steps):
@@ -233,9 +178,10 @@ class Job:
                     torch.cuda.synchronize(self.device)
                     torch.cuda.reset_peak_memory_stats(self.device)
                 ends_epoch = trainer.taken % self.per_epoch == 0
-                if each_step or ends_epoch or trainer.taken == steps or trainer.taken % 500 == 0:
+                if each_step or ends_epoch or trainer.taken == steps or time.monotonic() - spoken > 10:
                     _flush(losses, c)
-                    spent = f"{time.monotonic() - start:5.1f} s"
+                    spoken = time.monotonic()
+                    spent = f"{spoken - start:5.1f} s"
                     if ends_epoch:
                         c.accuracies.append((trainer.taken, trainer.accuracy(self._held_out())))
                         epoch = trainer.taken // self.per_epoch
@@ -248,6 +194,18 @@ class Job:
         if self.gpu:
             c.peak_bytes = torch.cuda.max_memory_allocated(self.device) - before
 
+    def _train_compiled(self) -> None:
+        """torch.compile may fail for reasons of its own (no C compiler, say): then it is left out, with the reason."""
+        try:
+            self._train("compiled", fr.reference, self.total, self.options.compile_mode)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # anything may come out of a compiler
+            self.trainers.pop("compiled", None)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.result.candidates["compiled"] = Candidate("compiled", note=f"left out, torch.compile failed: {reason}")
+            self.say(f"  torch.compile failed: {reason}")
+
     def _first_fused_step(self, trainer: Trainer, c: Candidate, batch: data.Batch) -> Tensor:
         """Counts what really ran: a fused model that quietly ran something else would agree for nothing."""
         with fr.record_launches() as launches:
@@ -259,7 +217,7 @@ class Job:
     def _check_fused(self) -> None:
         r, c = self.result, self.result.candidates["fused"]
         if not c.kernels:
-            r.failures.append("the fused model launched no fused kernel; `.explain` of it says why")
+            r.failures.append("the fused model launched no fused kernel; fr.explain(model, input_shape) says why")
         for name in r.candidates:
             if r.agrees(name) is False:
                 r.failures.append(
@@ -298,9 +256,9 @@ class Job:
                 torch.cuda.synchronize(self.device)
                 times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
                 self.result.candidates[name].times_ms += times
+            self.result.measured = (turn + 1) * STEPS_A_TURN >= 20
             if turn == turns - 1 or turn % 4 == 3:
                 self.say(f"  turn {turn + 1} of {turns}")
-        self.result.measured = True
 
     def _project(self) -> None:
         """What explain counts for an H100 in bfloat16; for the small model, ResNet-50 at 224x224 beside it."""

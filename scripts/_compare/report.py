@@ -69,6 +69,8 @@ def _notes(r: Result) -> list[str]:
     if r.measured:
         times = len(next(iter(r.candidates.values())).times_ms)
         lines.append(f"  speed: medians of {times} steps each, taken by turns, batches already on the GPU")
+        if r.facts.get("model", "").startswith("small"):
+            lines.append("  A model this small is bound by its launches: `--model resnet50 --data synthetic` is not.")
     return lines
 
 

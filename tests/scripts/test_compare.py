@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,10 +146,10 @@ class _Wrong(_Noted):
     wrong = 1.02
 
 
-@pytest.mark.parametrize(("network", "fails"), [(_Noted, 0), (_Wrong, 2), (fr.reference.ResNet, 1)])
-def test_job_with_a_stand_in(network, fails, tmp_path, monkeypatch):
+def stand_in(network: type) -> SimpleNamespace:
+    """What the job uses of fused_resnet, with ``network`` for the fused one and made-up costs."""
     counted = SimpleNamespace(flops=2.0, bytes=2.0, saved_bytes=2.0, launches=2, floor_us=2.0)
-    family = SimpleNamespace(
+    return SimpleNamespace(
         reference=fr.reference,
         ResNet=network,
         Bottleneck=fr.reference.Bottleneck,
@@ -156,14 +157,62 @@ def test_job_with_a_stand_in(network, fails, tmp_path, monkeypatch):
         record_launches=fr.record_launches,
         explain=lambda *_, **__: SimpleNamespace(**vars(counted), eager=counted),
     )
-    monkeypatch.setattr(job, "fr", family)
-    o = options.parse(["--epochs", "1", "--steps", "3", "--batch-size", "16", "--limit", "80", "--lr", "0.2"])
+
+
+@pytest.mark.parametrize(("network", "fails"), [(_Noted, 0), (_Wrong, 2), (fr.reference.ResNet, 1)])
+def test_job_with_a_stand_in(network, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "fr", stand_in(network))
+    o = options.parse(shlex.split("--epochs 1 --steps 3 --batch-size 16 --limit 80 --lr 0.2"))
     result, said = Result(), []
     job.Job(o, torch.device("cpu"), result, said.append).run()
     assert len(result.failures) == fails, result.failures
     assert len(result.candidates["eager"].losses) == 5 and len(result.candidates["fused"].losses) == 3
     assert len(result.projection) == 4
     json.dumps(result.to_dict())
+
+
+class _Event:
+    """A CUDA event that keeps the time of the host."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: _Event) -> float:
+        return (other.time - self.time) * 1000
+
+
+@pytest.mark.parametrize("compiler", ["works", "fails"])
+def test_job_as_on_a_gpu(compiler, tmp_path, monkeypatch):
+    """The order and the bookkeeping of a measurement, with the host's clock in place of a GPU's."""
+
+    def compile_model(model, mode):
+        if compiler == "fails":
+            raise RuntimeError("no C compiler\nand more")
+        return model
+
+    monkeypatch.setattr(job, "fr", stand_in(_Noted))
+    monkeypatch.setattr(torch, "compile", compile_model)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    for name, count in (("memory_allocated", 1 << 20), ("max_memory_allocated", 5 << 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, count=count: count)
+    monkeypatch.setattr(job.Job, "gpu", property(lambda self: True, lambda self, value: None), raising=False)
+    o = options.parse(shlex.split("--epochs 1 --steps 3 --batch-size 8 --limit 24 --timed-steps 22"))
+    result, said = Result(), []
+    job.Job(o, torch.device("cpu"), result, said.append).run()
+    assert not result.failures and result.measured and result.floor == "bfloat16"
+    timed = [c.name for c in result.candidates.values() if len(c.times_ms) == 25]
+    assert timed == (["eager", "compiled", "fused"] if compiler == "works" else ["eager", "fused"])
+    assert all(result.candidates[name].peak_bytes == 4 << 20 and result.candidates[name].accuracy for name in timed)
+    text = report.table(result)
+    assert "4 MiB" in text and "times eager's speed" in text
+    assert ("no C compiler" in text) == (compiler == "fails")
 
 
 def program(out: Path, *arguments: str) -> list[str]:
