@@ -60,6 +60,11 @@ def conv_of(module: nn.Conv2d) -> Conv:
     return Conv(module.weight, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device`` (the meta device has none)."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def check_layers(layers: Sequence[tuple[Conv, BatchNorm]], count: int) -> None:
     if len(layers) != count:
         raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
@@ -90,7 +95,7 @@ def check_layer(
         )
     if weight.device != device:
         raise ValueError(f"{name}: the input is on {device} and the weight on {weight.device}")
-    if weight.dtype != dtype and not torch.is_autocast_enabled(device.type):
+    if weight.dtype != dtype and not is_autocast(device):
         raise TypeError(f"{name}: the input is {dtype} and the weight {weight.dtype}; use autocast, or one dtype")
     (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
     if min(sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
@@ -98,17 +103,40 @@ def check_layer(
     p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
     if min(p, q) < 1:
         raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
-    check_bn(bn, co, name)
+    check_bn(bn, co, device, name)
     if bn.training:
         check_count((n, co, p, q))
     return n, co, p, q
 
 
-def check_bn(bn: BatchNorm, channels: int, name: str) -> None:
+def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(residual.shape) != shape:
+        raise ValueError(f"the residual must have shape {shape}, got {tuple(residual.shape)}")
+    if residual.device != device:
+        raise ValueError(f"the input is on {device} and the residual on {residual.device}")
+    if not residual.is_floating_point():
+        raise TypeError(f"expected a floating-point residual, got {residual.dtype}")
+
+
+def check_bn(bn: BatchNorm, channels: int, device: torch.device, name: str) -> None:
     for field in ("weight", "bias", "running_mean", "running_var"):
         t = getattr(bn, field)
-        if t is not None and tuple(t.shape) != (channels,):
+        if t is None:
+            continue
+        if tuple(t.shape) != (channels,):
             raise ValueError(f"{name}: the BatchNorm's {field} must have shape ({channels},), got {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: the BatchNorm's {field} must be floating-point, got {t.dtype}")
+        if field.startswith("running") and not t.is_contiguous():
+            raise ValueError(f"{name}: the BatchNorm's {field} must be contiguous, got strides {t.stride()}")
+        if t.device != device:
+            raise ValueError(f"{name}: the input is on {device} and the BatchNorm's {field} on {t.device}")
+    counter = bn.num_batches_tracked
+    if counter is not None and bn.training:
+        if counter.dtype != torch.int64 or counter.numel() != 1:
+            raise TypeError(f"{name}: num_batches_tracked must be one int64, got {counter.dtype} of {counter.numel()}")
+        if counter.device != device:
+            raise ValueError(f"{name}: the input is on {device} and num_batches_tracked on {counter.device}")
     if not bn.eps > 0:
         raise ValueError(f"{name}: batch_norm eps must be positive, but got {bn.eps}")
     if not bn.training and (bn.running_mean is None or bn.running_var is None):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ from .arguments import (
     check_image,
     check_layer,
     check_layers,
+    check_residual,
     conv_of,
+    is_autocast,
 )
 from .autograd import bn_act as bn_act_op
 from .autograd import chain
@@ -100,9 +103,9 @@ def bn_add_relu(
 ) -> Tensor:
     """``relu(bn(y) + residual)``: all [N, C, H, W]."""
     check_image(y)
-    check_bn(bn, y.shape[1], "bn")
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"residual must have shape {tuple(y.shape)}, got {tuple(residual.shape)}")
+    check_bn(bn, y.shape[1], y.device, "bn")
+    if residual is not None:
+        check_residual(residual, tuple(y.shape), y.device)
     if bn.training:
         check_count(tuple(y.shape))
     request = _request(route)
@@ -176,7 +179,8 @@ def _chain(
     if projection is not None:
         shortcut = check_layer(tuple(x.shape), dtype, x.device, *projection, "projection")
     elif residual is not None:
-        shortcut = tuple(residual.shape)
+        check_residual(residual, shape, x.device)
+        shortcut = shape
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
     if kind != "none" and shortcut != shape:
         raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
@@ -298,17 +302,39 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    """Whether ``t``'s strides, those of a slice too, order its memory as NHWC: what PyTorch's own operations ask."""
+    if t.stride(1) == 0 or t.numel() == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if t.stride(dim) < least or (dim == 0 and least == t.stride(1)):
+            return False
+        least = t.stride(dim) * t.shape[dim]
+    return True
+
+
+class _ToNHWC(torch.autograd.Function):
+    """A copy in channels_last memory, whose gradient goes back in NCHW."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
 
 
 def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
+    if _is_channels_last(t) or t.is_contiguous(memory_format=torch.channels_last):
+        return t.contiguous(memory_format=torch.channels_last)
+    return _ToNHWC.apply(t)  # type: ignore[no-any-return]
 
 
 def _needs_grad(x: Tensor, *layers: tuple[Conv, BatchNorm]) -> bool:
@@ -321,7 +347,8 @@ def _needs_grad(x: Tensor, *layers: tuple[Conv, BatchNorm]) -> bool:
 def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
     cumulative = bn.momentum is None and bn.training
     counter = bn.num_batches_tracked if cumulative else None
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var, counter
+    weight, bias = (None if t is None else t.contiguous() for t in (bn.weight, bn.bias))
+    return weight, bias, bn.running_mean, bn.running_var, counter
 
 
 def _momentum(bn: BatchNorm) -> float:

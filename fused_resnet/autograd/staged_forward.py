@@ -85,6 +85,7 @@ class Passes:
 def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as the kernels read it: the activations' dtype, [Co, R, S, Ci] in memory."""
     converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
+    converted = converted.contiguous(memory_format=torch.channels_last)  # a slice stays one in the line above
     if converted is not weight:
         note("cast_weight", 0, (weight, converted), {})
     return converted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional
 from ..reference import ConvBNReLU as PlainConvBNReLU
@@ -40,6 +41,9 @@ class BNAddReLU(nn.BatchNorm2d):
     """
 
     def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if isinstance(y, Proxy):
+            out = super().forward(y)
+            return nn.functional.relu(out if residual is None else out + residual)
         return functional.bn_add_relu(y, functional.batch_norm_of(self), residual)
 
 
@@ -57,7 +61,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self.conv1, self.bn1
-        if not may_fuse(x, conv, bn):
+        if not may_fuse(x, conv, bn) or conv.dilation != (1, 1) or conv.groups != 1:
             return nn.functional.max_pool2d(nn.functional.relu(bn(conv(x))), 3, stride=2, padding=1)
         record = functional.conv_of(conv)
         return functional.stem(
