@@ -51,6 +51,11 @@ class ConvCase:
     """dgrad of a strided 1x1: on the pixels that it sampled alone. Whoever adds it elsewhere knows the stride."""
 
     @property
+    def first(self) -> bool:
+        """Whether it reads the block's input, as the planner asks."""
+        return self.role in ("conv1", "projection")
+
+    @property
     def computed(self) -> ConvProblem:
         """What our kernel computes of ``problem``."""
         return self.problem.sampled() if self.compact else self.problem

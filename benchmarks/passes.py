@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, stem_pool
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
-from fused_resnet.plan.passes import pass_config, reduce_config
+from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 
 from . import errors, tensors
 
@@ -62,7 +62,7 @@ class PassCase:
         if self.interpreter:
             return PassConfig(64, 16, 1)
         if self.kind.startswith("stem"):
-            return PassConfig(32, min(64, self.C), 4)
+            return window_config(self.C)
         reduces = self.kind == "bn_stats" or "reduce" in self.kind
         choose = reduce_config if reduces else pass_config
         return choose(self.rows, self.C, self.dtype.itemsize, sm_count, interpreter=self.interpreter)

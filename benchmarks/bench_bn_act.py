@@ -1,0 +1,16 @@
+"""Normalise, add the residual, ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import measured
+from benchmarks.device import Device
+from benchmarks.passes import PassCase
+
+
+@pytest.mark.parametrize("case", measured.passes_named("bn_act"), ids=measured.identify)
+def bench_bn_act(benchmark: Any, gpu: Device, case: PassCase) -> None:
+    measured.bench_pass(benchmark, gpu, case)
