@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from fused_resnet.launch import vendor
+from fused_resnet.plan.config import supports
+from fused_resnet.plan.planner import default_config
 from fused_resnet.plan.problem import ConvProblem
+from fused_resnet.plan.target import INTERPRETER, current
 
 from .. import problems
+from ..cases import ConvCase
 from ..harness import Context, Item
 from ..tensors import image, weight
 from ..timing import floor_us, interleave, rotation
@@ -23,8 +27,8 @@ def chosen(context: Context, depth: int) -> list[problems.Layer]:
 
 
 def items(context: Context) -> Iterator[Item]:
-    for channels in (4, 8):
-        yield f"stem padded to {channels}", lambda c=channels: padded_stem(context, c)
+    for name, problem in stems(context).items():
+        yield name, lambda p=problem: other_stem(context, p)
     seen: set[ConvProblem] = set()
     for depth in (50, 18):
         for layer in chosen(context, depth):
@@ -33,15 +37,36 @@ def items(context: Context) -> Iterator[Item]:
                 yield layer.name, lambda problem=layer.problem: measure(context, problem)
 
 
-def padded_stem(context: Context, channels: int) -> dict[str, Any]:
-    """The stem's convolution on images padded to ``channels``, and what the padding itself costs."""
+def stems(context: Context) -> dict[str, ConvProblem]:
+    """Other forms of the stem's convolution, whose three channels leave most of a tensor instruction empty."""
     stem = chosen(context, 50)[0].problem
-    result = measure(context, replace(stem, Ci=channels), dgrad=False)
-    x = image(stem.N, 3, stem.H, stem.W, stem.dtype, context.device.name)
-    timing = interleave(context.device, {"pad": [lambda: torch.nn.functional.pad(x, (0, 0, 0, 0, 0, channels - 3))]})[
-        "pad"
-    ]
-    return {**result, "pad_us": timing.us, "line": f"{result['line']} | padding {timing.us:.0f} us"}
+    half = stem.H // 2
+    # 2x2 pixels as 12 channels (and 4 of zeros) make the 7x7/2 a 4x4/1: the padding is in the image already.
+    folded = replace(stem, H=half + 3, W=half + 3, Ci=16, R=4, S=4, stride=(1, 1), padding=(0, 0))
+    return {
+        "stem padded to 4": replace(stem, Ci=4),
+        "stem padded to 8": replace(stem, Ci=8),
+        "stem folded to 4x4 over 16": folded,
+        "stem folded to 4x4 over 12": replace(folded, Ci=12),
+    }
+
+
+def other_stem(context: Context, problem: ConvProblem) -> dict[str, Any]:
+    """The vendor's time, ours where the kernels take it, and what making the input costs as a plain copy."""
+    result = measure(context, problem, dgrad=False)
+    target = INTERPRETER if context.dry else current(torch.device("cuda", 0))
+    ours = {}
+    for case in (ConvCase(problem, "fprop", "stem", stats=True), ConvCase(problem, "wgrad", "stem")):
+        assert target is not None
+        config = default_config(problem, case.kind, target)
+        if supports(problem, case.kind, target, config)[0]:
+            t = case.inputs(context.device.name)
+            call = interleave(context.device, {"ours": [lambda c=case, t=t, g=config: c.ours(t, g)]}, samples=12)[
+                "ours"
+            ]
+            ours[case.kind] = call.us
+    line = result["line"] + "".join(f" | our {kind} {us:.0f} us" for kind, us in ours.items())
+    return {**result, "ours_us": ours, "line": line}
 
 
 def calls(problem: ConvProblem, device: str, sets: int) -> dict[str, list[Any]]:
