@@ -15,9 +15,10 @@ import torch
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
+from .layer import Layer
 from .library import define, refuse_second_derivative
 from .staged_backward import LayerGrad, Needs
-from .staged_forward import Layer, Saved
+from .staged_forward import Saved
 
 Tensor = torch.Tensor
 

@@ -17,7 +17,8 @@ from ..launch.conv_dgrad import conv_dgrad
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.record import note
 from ..plan.plans import ConvPlan, Plan
-from .staged_forward import Layer, Passes, Saved, operand
+from .layer import Layer, Passes, operand
+from .staged_forward import Saved
 
 Tensor = torch.Tensor
 

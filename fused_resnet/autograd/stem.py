@@ -9,9 +9,10 @@ import torch
 from ..launch import bn_act_grad, stem_pool
 from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
+from .layer import Layer, Passes, finalize, frozen_stats, operand
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
-from .staged_forward import Layer, Passes, conv_only, conv_raw, finalize, frozen_stats, operand
+from .staged_forward import conv_only, conv_raw
 
 Tensor = torch.Tensor
 

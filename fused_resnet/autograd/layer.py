@@ -1,0 +1,93 @@
+"""What every route shares: a layer's tensors, its weight as the kernels read it, its statistics, and the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..launch import bn_act, bn_act_grad, bn_stats
+from ..launch.record import note
+from ..launch.tiles import StatTiles
+from ..plan.config import PassConfig
+from ..plan.passes import pass_config, reduce_config
+from ..plan.plans import Plan
+
+Tensor = torch.Tensor
+
+
+class Layer(NamedTuple):
+    """The tensors of one convolution and its BN, and what is read at call time."""
+
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor | None
+    momentum: float
+    eps: float
+
+
+class Passes:
+    """The bandwidth-bound kernels with the configurations that the plan's target wants."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.problem is not None
+        self.plan = plan
+        self.batch = plan.problem.batch_statistics
+
+    def _config(self, pick: Callable[..., PassConfig], t: Tensor) -> PassConfig:
+        n, c, h, w = t.shape
+        return pick(n * h * w, c, t.element_size(), self.plan.sm_count, interpreter=self.plan.interpreter)
+
+    def stats(self, y: Tensor) -> StatTiles:
+        return bn_stats.bn_stats(y, self._config(reduce_config, y))
+
+    def act(
+        self,
+        y: Tensor,
+        stats: Tensor,
+        residual: Tensor | None = None,
+        residual_stats: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:
+        config = self._config(pass_config, y)
+        return bn_act.bn_act(y, stats, config, residual=residual, residual_stats=residual_stats, relu=relu)
+
+    def grad_reduce(self, dout: Tensor, y: Tensor | None, stats: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        config = self._config(reduce_config, dout)
+        return bn_act_grad.bn_act_grad_reduce(dout, y, stats, config, **options)  # type: ignore[arg-type, return-value]
+
+    def grad_apply(self, dz: Tensor, y: Tensor | None, coeffs: Tensor) -> Tensor:
+        return bn_act_grad.bn_grad_apply(dz, y, coeffs, self._config(pass_config, dz))
+
+
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the kernels read it: the activations' dtype, [Co, R, S, Ci] in memory."""
+    converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
+    converted = converted.contiguous(memory_format=torch.channels_last)  # a slice stays one in the line above
+    if converted is not weight:
+        note("cast_weight", 0, (weight, converted), {})
+    return converted
+
+
+def finalize(layer: Layer, tiles: StatTiles) -> Tensor:
+    return bn_stats.bn_finalize(
+        tiles,
+        weight=layer.gamma,
+        bias=layer.beta,
+        running_mean=layer.running_mean,
+        running_var=layer.running_var,
+        momentum=layer.momentum,
+        eps=layer.eps,
+        counter=layer.counter,
+    )
+
+
+def frozen_stats(layer: Layer, x: Tensor) -> Tensor:
+    """[4, C] rows mean, rstd, scale, shift of a BN that normalises with its running statistics."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return bn_stats.bn_frozen(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps, dtype=dtype)
