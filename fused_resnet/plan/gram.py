@@ -1,0 +1,63 @@
+"""Tiles of the Gram matrix and of the small products behind it, as functions of the sizes alone."""
+
+from __future__ import annotations
+
+from .config import GemmConfig, PassConfig
+from .passes import ceil_div, next_power_of_2
+
+FLUSH_ROWS = 512
+"""Rows that one accumulator takes up before it is added to another."""
+MOST_TILE = 128
+MIN_STEPS = 4
+"""Steps of the shortest part worth a program of its own."""
+
+
+def gram_tiles(p: int, block_n: int) -> int:
+    """Tiles of the upper triangle, the diagonal included."""
+    tiles = ceil_div(p, block_n)
+    return tiles * (tiles + 1) // 2
+
+
+def gram_config(
+    rows: int, p: int, sm_count: int = 132, *, itemsize: int = 2, interpreter: bool = False
+) -> GemmConfig:
+    """The Gram matrix of ``rows`` x ``p``: square tiles ``block_m`` = ``block_n``, ``block_k`` rows at a time.
+
+    ``split`` fills whole waves of programs. The partials, written and read once, stay below a quarter of the input,
+    unless that would leave processors idle.
+    """
+    block_n = min(max(next_power_of_2(p), 16), MOST_TILE)
+    if interpreter:
+        return GemmConfig(block_n, block_n, 128, split=max(1, min(2, rows // 128)))
+    block_k = (128 if block_n <= 64 else 64) * 2 // max(itemsize, 2)
+    tiles = gram_tiles(p, block_n)
+    steps = ceil_div(rows, block_k)
+    affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
+    waves = max(1, min(2, affordable * tiles // sm_count))
+    split = max(1, min(waves * sm_count // tiles, steps // MIN_STEPS))
+    return GemmConfig(block_n, block_n, block_k, num_warps=8 if block_n > 64 else 4, num_stages=4, split=split)
+
+
+def gram_finalize_config(p: int, *, interpreter: bool = False) -> GemmConfig:
+    """V = W Cov: ``block_m`` output channels a program, so that few channels still make many programs."""
+    if interpreter:
+        return GemmConfig(64, min(max(next_power_of_2(p), 16), 64), 0)
+    block_p = min(max(next_power_of_2(p), 16), 64)
+    return GemmConfig(16, block_p, block_p, num_warps=4, num_stages=2)
+
+
+def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:
+    """The row sums of backward: whole rows of W [q, p] up to 512 wide, ``block_m`` of them a program."""
+    block_c = min(next_power_of_2(p), 512)
+    return PassConfig(block_m=64 if interpreter else 8, block_c=block_c)
+
+
+def gram_product_config(p: int, *, interpreter: bool = False) -> GemmConfig:
+    """P = Wᵀ(B∘W): small tiles, whose number is all the parallelism there is."""
+    block_n = 64 if interpreter else 32
+    return GemmConfig(block_n, block_n, 64, num_warps=4, num_stages=3)
+
+
+def gram_bias_config(p: int, *, interpreter: bool = False) -> PassConfig:
+    """Column sums of A∘W and P: few columns a program, and so many rows at once that two or three steps do."""
+    return PassConfig(block_m=512, block_c=min(next_power_of_2(p), 64 if interpreter else 16), num_warps=8)
