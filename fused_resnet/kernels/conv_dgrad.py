@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .common import affine, relu_grad
-from .implicit_gemm import load_rows, split_rows, tap_bits
+from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def conv_dgrad_kernel(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,8 +132,10 @@ def conv_dgrad_kernel(
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
     taps_s = tl.maximum(taps_s, 1)  # a class without taps runs no iteration, and must not divide by zero either
     taps = tl.maximum(taps_r, 1) * taps_s
-    # Transposed, as in conv_fprop: a column of the result lies in four threads, which makes its sums cheap.
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    if TRANSPOSED:  # what for: as in conv_fprop
+        acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for i in range(iterations):
         tap = i % taps
         k0 = i // taps * BLOCK_K
@@ -158,9 +161,13 @@ def conv_dgrad_kernel(
                 y = load_rows(y_ptr + offs_a + offs_tap, inside, mask_k, not POINTWISE, not EVEN_K)
                 scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])
             a = scaled.to(dy_ptr.dtype.element_ty)
-        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        if TRANSPOSED:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    acc = tl.trans(acc)
+    if TRANSPOSED:
+        acc = tl.trans(acc)
     mask_m = offs_m < M
     mask = mask_m[:, None] & mask_n[None, :]
     RESIDUAL_STRIDED: tl.constexpr = RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1
@@ -183,6 +190,8 @@ def conv_dgrad_kernel(
         else:
             acc += tl.load(residual_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
     if HAS_MASK:
+        if not TRANSPOSED:  # rounded before the mask selects: the same values
+            acc = as_stored(dx_ptr + offs_dx, acc.to(dx_ptr.dtype.element_ty), N < 0).to(ACC)
         x = tl.load(mask_input_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
         if HAS_MASK_STATS:
             scale = tl.load(mask_stats_ptr + 2 * Ci + offs_n, mask=mask_n, other=0.0)

@@ -7,17 +7,17 @@ Row m = (n*P + p)*Q + q; the reduced index runs over blocks of Ci and, inside a 
 almost the same pixels and find them in the cache. Programs of one M tile and neighbouring N tiles are adjacent, so x
 is read from memory once.
 
-Reads   x [N*H*W, Ci], w [Co, R*S*Ci], input_affine [2, Ci], output_affine [2, Co], residual [M, Co].
+Reads   x [N*H*W, Ci], w [Co, R*S*Ci], residual [M, Co], input_affine [2, Ci], output_affine, residual_affine [2, Co].
 Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored.
 Prologue  relu(x*scale + shift), rounded to x's dtype; positions in the padding are zero after it.
-Epilogue  y*scale + shift, + residual, relu: each optional.
+Epilogue  y*scale + shift, + residual (or + residual*rscale + rshift), relu: each optional.
 """
 
 import triton
 import triton.language as tl
 
 from .common import affine, relu
-from .implicit_gemm import load_rows, split_rows, tap_bits
+from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def conv_fprop_kernel(
     input_affine_ptr,
     output_affine_ptr,
     residual_ptr,
+    residual_affine_ptr,
     tiles_ptr,
     M,
     H,
@@ -49,9 +50,11 @@ def conv_fprop_kernel(
     HAS_INPUT_AFFINE: tl.constexpr,
     HAS_OUTPUT_AFFINE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL_AFFINE: tl.constexpr,
     APPLY_RELU: tl.constexpr,
     HAS_STATS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,8 +85,12 @@ def conv_fprop_kernel(
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * Ci + offs_k[None, :]
     w_ptrs = w_ptr + tl.minimum(offs_n, Co - 1)[None, :] * (TAPS * Ci) + offs_k[:, None]
 
-    # Transposed: a column of the result lies in four threads, so its sums cost 8 shuffles a warp (384 the other way).
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    # Transposed, a column of the result lies in four threads, and its sums are cheap; but x is the right operand then,
+    # which the tensor cores read from shared memory: a prologue must write it there. The left one stays in registers.
+    if TRANSPOSED:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for i in range(TAPS * tl.cdiv(Ci, BLOCK_K)):
         tap = i % TAPS
         k0 = i // TAPS * BLOCK_K
@@ -102,9 +109,13 @@ def conv_fprop_kernel(
             a = relu(affine(a.to(ACC), scale[None, :], shift[None, :])).to(x_ptr.dtype.element_ty)
             if not POINTWISE:
                 a = tl.where(inside[:, None], a, 0.0)
-        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        if TRANSPOSED:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    acc = tl.trans(acc)
+    if TRANSPOSED:
+        acc = tl.trans(acc)
     mask_m = offs_m < M
     mask_n = offs_n < Co
     mask = mask_m[:, None] & mask_n[None, :]
@@ -114,10 +125,17 @@ def conv_fprop_kernel(
         shift = tl.load(output_affine_ptr + Co + offs_n, mask=mask_n, other=0.0)
         acc = affine(acc, scale[None, :], shift[None, :])
     if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(ACC)
+        residual = tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(ACC)
+        if HAS_RESIDUAL_AFFINE:
+            scale = tl.load(residual_affine_ptr + offs_n, mask=mask_n, other=0.0)
+            shift = tl.load(residual_affine_ptr + Co + offs_n, mask=mask_n, other=0.0)
+            residual = affine(residual, scale[None, :], shift[None, :])
+        acc += residual
     if APPLY_RELU:
         acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)
+    if HAS_STATS and not TRANSPOSED:
+        y = as_stored(y_ptr + offs_y, y, M < 0)
     tl.store(y_ptr + offs_y, y, mask=mask)
 
     if HAS_STATS:

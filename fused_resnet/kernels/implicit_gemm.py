@@ -33,6 +33,16 @@ def split_rows(offs_m, I, J):  # noqa: E741
 
 
 @triton.jit
+def as_stored(ptrs, value, never):
+    """``value`` in the layout of a store to ``ptrs``, where a column lies in few threads and its sums are cheap.
+
+    ``never`` is a condition that only the run can tell to be false: nothing is loaded, but the compiler converts the
+    default to a load's layout, which is a store's.
+    """
+    return tl.load(ptrs, mask=never, other=value)
+
+
+@triton.jit
 def load_rows(ptrs, inside, mask_k, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr):
     """A [rows, BLOCK_K] tile, zero where a masked row is not ``inside`` or a masked column not in ``mask_k``."""
     if MASK_ROWS and MASK_K:

@@ -108,6 +108,7 @@ def conv_dgrad(
         HAS_RESIDUAL=residual is not None,
         EVEN_K=p.Co % config.block_k == 0,
         EVEN_N=p.Ci % config.block_n == 0,
+        TRANSPOSED=config.transposed,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,
         PRECISION=dot_precision(dy.dtype),
         BLOCK_M=config.block_m,

@@ -24,13 +24,15 @@ def conv_fprop(
     stats: bool = False,
     output_affine: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    residual_affine: torch.Tensor | None = None,
     relu: bool = False,
 ) -> tuple[torch.Tensor, StatTiles | None]:
     """y = epilogue(conv(prologue(x), weight)) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
 
     ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale,
-    shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] and ``relu``
-    make the epilogue, in this order. Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
+    shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] (with
+    ``residual_affine`` [2, Co] residual*scale + shift) and ``relu`` make the epilogue, in this order. Raises ValueError
+    for other shapes, dtypes, layouts, groups, or more than 63 taps.
     """
     p = problem
     require_problem(p, x.dtype)
@@ -42,6 +44,10 @@ def conv_fprop(
         require_rows(output_affine, 2, p.Co, x, "output_affine")
     if residual is not None:
         require_image(residual, (p.N, p.Co, p.P, p.Q), x, "residual")
+    if residual_affine is not None:
+        if residual is None:
+            raise ValueError("residual_affine goes with residual")
+        require_rows(residual_affine, 2, p.Co, x, "residual_affine")
 
     acc = accumulation_dtype(x.dtype)
     num_m = triton.cdiv(p.M, config.block_m)
@@ -59,6 +65,7 @@ def conv_fprop(
             input_affine,
             output_affine,
             residual,
+            residual_affine,
             tiles,
         ),
         flops=p.flops,
@@ -70,6 +77,7 @@ def conv_fprop(
         input_affine_ptr=input_affine,
         output_affine_ptr=output_affine,
         residual_ptr=residual,
+        residual_affine_ptr=residual_affine,
         tiles_ptr=tiles,
         M=p.M,
         H=p.H,
@@ -91,9 +99,11 @@ def conv_fprop(
         HAS_INPUT_AFFINE=input_affine is not None,
         HAS_OUTPUT_AFFINE=output_affine is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL_AFFINE=residual_affine is not None,
         APPLY_RELU=relu,
         HAS_STATS=stats,
         EVEN_K=p.Ci % config.block_k == 0,
+        TRANSPOSED=config.transposed,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=config.block_m,

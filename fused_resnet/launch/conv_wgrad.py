@@ -23,18 +23,19 @@ def conv_wgrad(
     y: torch.Tensor | None = None,
     coeffs: torch.Tensor | None = None,
     out_dtype: torch.dtype,
-    row_taps: int = 1,
 ) -> torch.Tensor:
     """The gradient of a convolution's weight, [Co, Ci, R, S] in channels_last memory and ``out_dtype``.
 
     ``x`` [N, Ci, H, W] and ``dy`` [N, Co, P, Q] (``y`` too) share one dtype and are dense NHWC. ``input_affine``
     [2, Ci] makes relu(x * scale + shift) the input; ``coeffs`` [3, Co] makes A * dy + B * y + C the gradient, A * dy
     without ``y``. Both are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
-    per tile. ``row_taps`` = 3 gives one program the three taps of a row of a filter three wide: a third of the loads of
-    dy for three times the accumulators. Raises ValueError on groups, on another layout, on ``y`` without ``coeffs``.
+    per tile. ``config.row_taps`` = 3 gives one program the three taps of a row of a filter three wide: a third of the
+    loads of dy for three times the accumulators. Raises ValueError on groups, on another layout, on ``y`` without
+    ``coeffs``.
     """
     if problem.groups != 1:
         raise ValueError(f"conv_wgrad takes one group, not {problem.groups}")
+    row_taps = config.row_taps
     if row_taps not in (1, 3) or (row_taps == 3 and problem.S != 3):
         raise ValueError(f"conv_wgrad: row_taps is 1, or 3 for a filter three wide; got {row_taps} for {problem.S}")
     if y is not None and coeffs is None:

@@ -58,10 +58,12 @@ def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
     return total
 
 
-def note(kernel: str, flops: int, touched: Iterable[torch.Tensor | int | None], config: dict[str, Any]) -> None:
+def note(
+    kernel: str, flops: int, touched: Iterable[torch.Tensor | int | None], config: Config | dict[str, Any]
+) -> None:
     """Adds one entry to every open record. Costs nothing when none is open."""
     if _recorders:
-        entry = Launch(kernel, flops, nbytes(touched), config)
+        entry = Launch(kernel, flops, nbytes(touched), config if isinstance(config, dict) else config.to_dict())
         with _lock:
             for recorder in _recorders:
                 recorder.append(entry)
@@ -82,7 +84,7 @@ def launch(
     ``touched`` are the tensors (or bytes) that it reads or writes, for the record. ``arguments`` are the kernel's own,
     by keyword, tile sizes included; warps, stages and the register cap come from ``config``.
     """
-    note(kernel.fn.__name__, flops, touched, config.to_dict())
+    note(kernel.fn.__name__, flops, touched, config)
     if device.type == "meta" or 0 in grid:
         return
     options: dict[str, Any] = {"num_warps": config.num_warps}

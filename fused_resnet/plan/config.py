@@ -21,6 +21,10 @@ class GemmConfig:
     split: int = 1
     """wgrad only: into how many parts the reduced rows are split."""
     maxnreg: int | None = None
+    transposed: bool = False
+    """fprop and dgrad only: accumulate the transposed result. The pixels are the tensor cores' right operand then."""
+    row_taps: int = 1
+    """wgrad only: how many taps of a filter row one program sums, 1, or 3 of a filter three wide."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,6 +58,8 @@ def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig
         return False, "float64 runs in the interpreter only"
     if min(config.block_m, config.block_n, config.block_k) < 16:
         return False, f"a tile narrower than 16: {config}"
+    if config.row_taps not in (1, 3) or (config.row_taps == 3 and problem.S != 3):
+        return False, f"{config.row_taps} taps in a program, of a filter {problem.S} wide"
     itemsize = 4 if problem.dtype == "float32" else 2
     operands = itemsize * config.num_stages * config.block_k * (config.block_m + config.block_n)
     if not target.interpreter and operands > target.shared_memory:

@@ -1,5 +1,7 @@
 """conv_dgrad against torch's own input gradient in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
 
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
+TRANSPOSED = replace(CONFIG, transposed=True)
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, TRANSPOSED], ids=["rows", "transposed"])
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -85,21 +89,23 @@ def assert_sums(tiles, row, expected):
     torch.testing.assert_close(tiles[row].double().sum(0), expected, rtol=tolerance, atol=tolerance)
 
 
+@CONFIGS
 @pytest.mark.parametrize("problem", POINTWISE + SPATIAL, ids=str)
-def test_plain(problem):
+def test_plain(problem, config):
     dy, weight = operands(problem)
-    dx, tiles = conv_dgrad(dy, weight, problem, CONFIG)
+    dx, tiles = conv_dgrad(dy, weight, problem, config)
     assert tiles is None
     assert_close(dx, reference(dy, weight, problem), dy.dtype)
 
 
+@CONFIGS
 @pytest.mark.parametrize("with_y", [False, True], ids=["frozen", "batch"])
 @pytest.mark.parametrize("problem", POINTWISE, ids=str)
-def test_prologue(problem, with_y):
+def test_prologue(problem, with_y, config):
     dy, weight = operands(problem)
     y = nhwc(*dy.shape) if with_y else None
     coeffs = rows(3, problem.Co, dy.dtype)
-    dx, _ = conv_dgrad(dy, weight, problem, CONFIG, y=y, coeffs=coeffs)
+    dx, _ = conv_dgrad(dy, weight, problem, config, y=y, coeffs=coeffs)
     assert_close(dx, reference(dy, weight, problem, y=y, coeffs=coeffs), dy.dtype)
 
 
@@ -111,14 +117,15 @@ def test_frozen_prologue_of_a_3x3():
     assert_close(dx, reference(dy, weight, problem, coeffs=coeffs), dy.dtype)
 
 
+@CONFIGS
 @pytest.mark.parametrize("with_stats", [False, True], ids=["post_relu", "normalised"])
 @pytest.mark.parametrize("problem", POINTWISE + SPATIAL[:7], ids=str)
-def test_mask_and_sums(problem, with_stats):
+def test_mask_and_sums(problem, with_stats, config):
     dy, weight = operands(problem)
     x = pixels(problem, dy.dtype)
     x[0, 0, 0, 0] = 0.0
     stats = rows(4, problem.Ci, dy.dtype) if with_stats else None
-    dx, tiles = conv_dgrad(dy, weight, problem, CONFIG, mask_input=x, mask_stats=stats)
+    dx, tiles = conv_dgrad(dy, weight, problem, config, mask_input=x, mask_stats=stats)
     z = x * per_channel(stats[2]) + per_channel(stats[3]) if with_stats else x
     assert_close(dx, torch.where(z <= 0, 0.0, reference(dy, weight, problem)), dy.dtype)
     assert_sums(tiles, 0, dx.sum((0, 2, 3)))
@@ -128,15 +135,16 @@ def test_mask_and_sums(problem, with_stats):
         assert torch.equal(tiles[1], torch.zeros_like(tiles[1]))
 
 
+@CONFIGS
 @pytest.mark.parametrize("residual_stride", [(1, 1), (2, 2), (3, 2)], ids=str)
 @pytest.mark.parametrize("problem", POINTWISE[:4] + SPATIAL[:3], ids=str)
-def test_residual(problem, residual_stride):
+def test_residual(problem, residual_stride, config):
     s_h, s_w = residual_stride
     dy, weight = operands(problem)
     expected = reference(dy, weight, problem)
     residual = nhwc(*expected[:, :, ::s_h, ::s_w].shape)
     expected[:, :, ::s_h, ::s_w] += residual
-    dx, _ = conv_dgrad(dy, weight, problem, CONFIG, residual=residual, residual_stride=residual_stride)
+    dx, _ = conv_dgrad(dy, weight, problem, config, residual=residual, residual_stride=residual_stride)
     assert_close(dx, expected, dy.dtype)
 
 

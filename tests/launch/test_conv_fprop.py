@@ -1,5 +1,7 @@
 """conv_fprop against torch's own convolution in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
 
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
+TRANSPOSED = replace(CONFIG, transposed=True)
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, TRANSPOSED], ids=["rows", "transposed"])
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,6 +40,8 @@ EPILOGUES = [
     {"stats": True},
     {"output_affine": True},
     {"output_affine": True, "residual": True, "relu": True},
+    {"output_affine": True, "residual": True, "residual_affine": True, "relu": True},
+    {"residual": True, "residual_affine": True},
     {"residual": True, "stats": True},
     {"relu": True},
 ]
@@ -60,7 +66,9 @@ def per_channel(row):
     return row.double()[None, :, None, None]
 
 
-def reference(x, weight, problem, *, input_affine=None, output_affine=None, residual=None, relu=False):
+def reference(
+    x, weight, problem, *, input_affine=None, output_affine=None, residual=None, residual_affine=None, relu=False
+):
     a = x.double()
     if input_affine is not None:
         a = torch.relu(a * per_channel(input_affine[0]) + per_channel(input_affine[1])).to(x.dtype).double()
@@ -68,7 +76,10 @@ def reference(x, weight, problem, *, input_affine=None, output_affine=None, resi
     if output_affine is not None:
         y = y * per_channel(output_affine[0]) + per_channel(output_affine[1])
     if residual is not None:
-        y = y + residual.double()
+        residual = residual.double()
+        if residual_affine is not None:
+            residual = residual * per_channel(residual_affine[0]) + per_channel(residual_affine[1])
+        y = y + residual
     return torch.relu(y) if relu else y
 
 
@@ -91,18 +102,20 @@ def assert_stats(tiles, y):
     torch.testing.assert_close(tiles.data.double(), torch.stack([mean, m2]), rtol=tolerance, atol=tolerance)
 
 
+@CONFIGS
 @pytest.mark.parametrize("problem", POINTWISE + SPATIAL, ids=str)
-def test_plain(problem):
+def test_plain(problem, config):
     x, weight = operands(problem)
-    y, tiles = conv_fprop(x, weight, problem, CONFIG, stats=True)
+    y, tiles = conv_fprop(x, weight, problem, config, stats=True)
     assert_close(y, reference(x, weight, problem), x.dtype)
     assert_stats(tiles, y)
 
 
+@CONFIGS
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 @pytest.mark.parametrize("prologue", [False, True], ids=["raw", "normalised"])
 @pytest.mark.parametrize("problem", [POINTWISE[0], POINTWISE[2], POINTWISE[3], SPATIAL[0], SPATIAL[1]], ids=str)
-def test_prologue_and_epilogue(problem, prologue, epilogue):
+def test_prologue_and_epilogue(problem, prologue, epilogue, config):
     x, weight = operands(problem)
     arguments = dict(epilogue)
     stats = arguments.pop("stats", False)
@@ -110,9 +123,11 @@ def test_prologue_and_epilogue(problem, prologue, epilogue):
         arguments["input_affine"] = rows(2, problem.Ci, x.dtype)
     if "output_affine" in arguments:
         arguments["output_affine"] = rows(2, problem.Co, x.dtype)
+    if "residual_affine" in arguments:
+        arguments["residual_affine"] = rows(2, problem.Co, x.dtype)
     if "residual" in arguments:
         arguments["residual"] = nhwc(problem.N, problem.Co, problem.P, problem.Q, dtype=x.dtype)
-    y, tiles = conv_fprop(x, weight, problem, CONFIG, stats=stats, **arguments)
+    y, tiles = conv_fprop(x, weight, problem, config, stats=stats, **arguments)
     assert_close(y, reference(x, weight, problem, **arguments), x.dtype)
     if stats:
         assert_stats(tiles, y)
@@ -120,14 +135,15 @@ def test_prologue_and_epilogue(problem, prologue, epilogue):
         assert tiles is None
 
 
+@CONFIGS
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 20, 24, 1, 1), (2, 6, 5, 20, 5, 3, 3)], ids=str)
-def test_lower_precision(shape, dtype, monkeypatch):
+def test_lower_precision(shape, dtype, config, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     problem = ConvProblem(*shape, padding=(shape[-1] // 2,) * 2, dtype=dtype)
     x, weight = operands(problem)
     stats = rows(4, problem.Ci, x.dtype)
-    y, tiles = conv_fprop(x, weight, problem, CONFIG, stats=True, input_affine=stats[2:4])
+    y, tiles = conv_fprop(x, weight, problem, config, stats=True, input_affine=stats[2:4])
     assert_close(y, reference(x, weight, problem, input_affine=stats[2:4]), x.dtype)
     assert tiles.data.dtype == torch.float32
     assert_stats(tiles, y)
@@ -193,6 +209,7 @@ def test_meta_tensors_are_only_recorded():
         ({"input_affine": torch.zeros(2, 20)}, "input_affine must be torch.float64"),
         ({"output_affine": torch.zeros(2, 20).double()}, "output_affine must have shape"),
         ({"residual": torch.zeros(2, 5, 4, 6).double()}, "residual must have shape"),
+        ({"residual_affine": torch.zeros(2, 5).double()}, "goes with residual"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, groups=5, dtype="float64")}, "groups"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, 8, 8, padding=(4, 4), dtype="float64")}, "63 taps"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, 7, 7, dtype="float64")}, "does not fit"),

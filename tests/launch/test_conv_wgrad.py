@@ -1,5 +1,7 @@
 """conv_wgrad against torch's own weight gradient in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,7 +80,7 @@ def test_plain(problem, split):
 def test_three_taps_to_a_program(problem, split):
     x, dy = operands(problem, torch.float64)
     config = GemmConfig(16, 16, 16, num_warps=4, split=split)
-    dw = conv_wgrad(x, dy, problem, config, out_dtype=torch.float64, row_taps=3)
+    dw = conv_wgrad(x, dy, problem, replace(config, row_taps=3), out_dtype=torch.float64)
     assert torch.equal(dw, conv_wgrad(x, dy, problem, config, out_dtype=torch.float64))
     assert_close(dw, reference(x, dy, problem), torch.float64)
 
@@ -176,7 +178,7 @@ def test_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="one group"):
         conv_wgrad(x, dy, ConvProblem(1, 4, 4, 4, 4, groups=2), CONFIG, out_dtype=torch.float32)
     with pytest.raises(ValueError, match="three wide"):
-        conv_wgrad(x, dy, problem, CONFIG, out_dtype=torch.float32, row_taps=3)
+        conv_wgrad(x, dy, problem, replace(CONFIG, row_taps=3), out_dtype=torch.float32)
 
 
 def test_split_fills_the_device_and_bounds_the_workspace():
