@@ -56,6 +56,16 @@ class ConvProblem:
         return self.is_pointwise and self.stride == (1, 1) and self.groups == 1
 
     @property
+    def is_stem(self) -> bool:
+        """A filter wider than 1x1 over images of up to four channels, whose forward and weight gradient are stem_conv's."""
+        return self.Ci <= 4 and self.taps > 1 and self.S <= 8 and self.dilation[1] == 1 and self.groups == 1
+
+    @property
+    def run(self) -> int:
+        """Elements that stem_conv reads of a row of pixels for a row of the filter, at four channels."""
+        return 16 if self.S <= 4 else 32
+
+    @property
     def flops(self) -> int:
         """Of one pass: forward, dgrad and wgrad each do this many."""
         return 2 * self.M * self.Co * (self.Ci // self.groups) * self.taps
