@@ -29,11 +29,11 @@ STAGES = {
     "facts": (1.0, 40),
     "baselines": (4.5, 130),
     "layers": (1.5, 40),
-    "kernels": (3.0, 60),
+    "kernels": (3.0, 90),
     "blocks": (1.5, 60),
     "step": (2.5, 100),
     "profile": (1.0, 60),
-    "tune": (6.0, 60),
+    "tune": (6.0, 120),
 }
 """In order of value: how many minutes a stage may take, after how many seconds an item of it is given up."""
 Item = tuple[str, Callable[[], dict[str, Any]]]

@@ -65,7 +65,7 @@ class Ahead:
         for case, config in jobs:
             self._futures[case, config] = self._pool.submit(compile_case, case, config)
 
-    def wait(self, case: ConvCase, config: Any, timeout: float = 60) -> str:
+    def wait(self, case: ConvCase, config: Any, timeout: float = 40) -> str:
         future = self._futures.get((case, config))
         if future is None:
             return ""

@@ -6,6 +6,7 @@ whose results are right, its time, and the vendor's beside it. The planner takes
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..timing import floor_us, interleave, rotation
 from .kernels import conv_cases, target_of
 
 FINALISTS = 3
+PATIENCE = 50
+"""Seconds that a case waits for the compilations of its candidates; the rest is left out."""
 
 
 def items(context: Context) -> Iterator[Item]:
@@ -52,8 +55,9 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
     device = context.device
     sets = [case.inputs(device.name) for _ in range(rotation(device, problems.conv_bytes(case.problem), limit=8))]
     calls, refused = {}, {}
+    patient_until = time.time() + PATIENCE
     for config in _candidates(context, case, target):
-        complaint = ahead.wait(case, config) if ahead is not None else ""
+        complaint = ahead.wait(case, config, max(0.1, patient_until - time.time())) if ahead is not None else ""
         if not complaint:
             try:
                 case.ours(sets[0], config)
