@@ -1,0 +1,131 @@
+"""Gradient of the input of a 1x1 convolution with BatchNorm, from the Gram matrix: one GEMM over [dz | a].
+
+    da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(B∘W) [p, p],   a = relu(y*scale + shift), rounded
+
+is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. The ReLU that made a then masks da.
+
+Reads   dz [M, q], y [M, p] (raw, before its BatchNorm), AW, P, bias [p], stats [4, p] of y, scales [2].
+Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
+        sum dx*(y - mean).
+``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import affine, relu, relu_grad
+
+
+@triton.jit
+def load_matrix(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """A [BLOCK_K, BLOCK_N] tile, zero outside the masks that are needed."""
+    if EVEN_K and EVEN_N:
+        return tl.load(ptrs)
+    elif EVEN_K:
+        return tl.load(ptrs, mask=mask_n[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+
+
+@triton.jit
+def gram_dgrad_kernel(
+    dz_ptr,
+    y_ptr,
+    aw_ptr,
+    p_ptr,
+    bias_ptr,
+    stats_ptr,
+    scales_ptr,
+    dx_ptr,
+    tiles_ptr,
+    M,
+    P,
+    Q,
+    num_m,
+    num_n,
+    HAS_SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``WHOLE``: one N tile holds all of p, so a is one block, which is loaded before the loop and used after it."""
+    pid_m = tl.program_id(0) // num_n
+    pid_n = tl.program_id(0) % num_n
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < P
+    # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)
+    y_rows = y_ptr + row[:, None] * P
+    if WHOLE:
+        if EVEN_N:
+            y = tl.load(y_rows + offs_n[None, :])
+        else:
+            y = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0)
+
+    dz_ptrs = dz_ptr + row[:, None] * Q + offs_k[None, :]
+    aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
+    # Transposed: y*scale + shift then goes to shared memory straight from the layout it was loaded in, and the bias and
+    # the rounding are few registers' work.
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    for k0 in range(0, Q, BLOCK_K):
+        mask_k = offs_k < Q - k0
+        if EVEN_Q:
+            dz = tl.load(dz_ptrs)
+        else:
+            dz = tl.load(dz_ptrs, mask=mask_k[None, :], other=0.0)
+        aw = load_matrix(aw_ptrs, mask_k, mask_n, EVEN_Q, EVEN_N)
+        acc = tl.dot(tl.trans(aw), tl.trans(dz), acc, input_precision=PRECISION, out_dtype=ACC)
+        dz_ptrs += BLOCK_K
+        aw_ptrs += BLOCK_K * P
+
+    if HAS_SCALES:
+        scale_p = tl.load(scales_ptr + 1)
+        acc *= scale_p / tl.load(scales_ptr)
+    scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
+    shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
+    if WHOLE:
+        a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
+        b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        y_ptrs = y_rows + offs_k[None, :]
+        p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
+        for k0 in range(0, P, BLOCK_K):
+            mask_k = offs_k < P - k0
+            if EVEN_P:
+                y = tl.load(y_ptrs)
+            else:
+                y = tl.load(y_ptrs, mask=mask_k[None, :], other=0.0)
+            b = load_matrix(p_ptrs, mask_k, mask_n, EVEN_P, EVEN_N)
+            scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
+            shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
+            a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+            y_ptrs += BLOCK_K
+            p_ptrs += BLOCK_K * P
+
+    if HAS_SCALES:
+        acc *= 1.0 / scale_p
+    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    # Rounded before it changes layout: half the registers and shared memory, and the selection loses nothing.
+    da = tl.trans(acc.to(dx_ptr.dtype.element_ty)).to(ACC)
+    mask = mask_m[:, None] & mask_n[None, :]
+    # Read again, from a cache: kept since its first use it would cost a second program per SM.
+    x = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0).to(ACC)
+    dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
+    tl.store(dx_ptr + offs_m.to(tl.int64)[:, None] * P + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    stored = tl.where(mask_m[:, None], dx, 0.0)
+    mean = tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
+    tile_ptrs = tiles_ptr + pid_m * P + offs_n
+    tl.store(tile_ptrs, tl.sum(stored, axis=0), mask=mask_n)
+    tl.store(tile_ptrs + num_m * P, tl.sum(stored * (x - mean[None, :]), axis=0), mask=mask_n)

@@ -1,0 +1,90 @@
+"""Launches the gradient of a 1x1 convolution's input by its Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.gram_dgrad import gram_dgrad_kernel
+from ..plan.config import GemmConfig
+from .check import accumulation_dtype, dot_precision, require_device, require_dtype, require_image, require_rows
+from .record import launch
+
+WHOLE = 128
+"""Up to this many channels the whole row of ``a`` is one block of the reduction."""
+
+
+def gram_dgrad(
+    dz: torch.Tensor,
+    y: torch.Tensor,
+    AW: torch.Tensor,
+    P: torch.Tensor,
+    bias: torch.Tensor,
+    stats: torch.Tensor,
+    config: GemmConfig,
+    *,
+    scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx [N, p, H, W], its sums [2, T, p]): the gradient below the ReLU in front of a 1x1 convolution with BatchNorm.
+
+    With a = relu(y*scale + shift), da = dz·AW + a·P + bias and dx = relu_grad(da, y*scale + shift); the sums, one row
+    per M tile, are sum dx and sum dx*(y - mean). ``dz`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC, ``AW``
+    [q, p] and ``P`` [p, p] contiguous, all of one dtype; ``bias`` [p] and ``stats`` [4, p] (of y) have the
+    accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Raises ValueError for anything else.
+    """
+    if dz.dim() != 4 or y.dim() != 4:
+        raise ValueError(f"dz and y must have 4 dimensions, got shapes {tuple(dz.shape)} and {tuple(y.shape)}")
+    (N, q, height, width), p = dz.shape, y.shape[1]
+    M = N * height * width
+    if max(M, q * p) >= 2**31:
+        raise ValueError(f"the kernel counts pixels and weights in 32 bits, too many for it: {tuple(dz.shape)}, {p}")
+    require_image(dz, (N, q, height, width), dz, "dz")
+    require_image(y, (N, p, height, width), dz, "y")
+    for name, matrix, rows in (("AW", AW, q), ("P", P, p)):
+        if tuple(matrix.shape) != (rows, p) or not matrix.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{rows}, {p}], got shape {tuple(matrix.shape)}")
+        require_dtype(matrix, dz.dtype, name)
+        require_device(dz.device, **{name: matrix})
+    require_rows(bias[None], 1, p, dz, "bias")
+    require_rows(stats, 4, p, dz, "stats")
+    if scales is not None:
+        require_rows(scales[None], 1, 2, dz, "scales")
+
+    acc = accumulation_dtype(dz.dtype)
+    num_m, num_n = triton.cdiv(M, config.block_m), triton.cdiv(p, config.block_n)
+    dx = torch.empty(y.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+    tiles = torch.empty((2, num_m, p), dtype=acc, device=dz.device)
+    launch(
+        gram_dgrad_kernel,
+        (num_m * num_n,),
+        touched=(dz, y, AW, P, bias, stats, scales, dx, tiles),
+        flops=2 * M * p * (q + p),
+        config=config,
+        device=dz.device,
+        dz_ptr=dz,
+        y_ptr=y,
+        aw_ptr=AW,
+        p_ptr=P,
+        bias_ptr=bias,
+        stats_ptr=stats,
+        scales_ptr=scales,
+        dx_ptr=dx,
+        tiles_ptr=tiles,
+        M=M,
+        P=p,
+        Q=q,
+        num_m=num_m,
+        num_n=num_n,
+        HAS_SCALES=scales is not None,
+        WHOLE=num_n == 1 and config.block_n <= WHOLE,
+        EVEN_Q=q % config.block_k == 0,
+        EVEN_P=p % config.block_k == 0,
+        EVEN_N=p % config.block_n == 0,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        PRECISION=dot_precision(dz.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    return dx, tiles

@@ -1,0 +1,19 @@
+"""Tiles of the gradient of a 1x1 convolution's input by its Gram matrix."""
+
+from __future__ import annotations
+
+from .config import GemmConfig
+from .target import Target
+
+
+def gram_dgrad_config(rows: int, p: int, q: int, target: Target) -> GemmConfig:
+    """Rows by the ``p`` channels below, reduced over ``q`` + ``p``.
+
+    Up to 128 channels the kernel waits for memory, and one N tile must hold all of p, or dz is read twice.
+    """
+    if target.interpreter:
+        block_n = min(max(16, 1 << (p - 1).bit_length()), 128)
+        return GemmConfig(128 if rows > 4096 else 32, block_n, 64 if q >= 64 else 16, num_warps=4)
+    if p <= 64:
+        return GemmConfig(128, 64, 64, num_warps=4, num_stages=3, maxnreg=168)
+    return GemmConfig(128, 128, 64, num_warps=8, num_stages=3)
