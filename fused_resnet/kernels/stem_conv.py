@@ -105,13 +105,12 @@ def stem_conv_fprop_kernel(
     # the short side of the tensor instruction.
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for i in range(tl.cdiv(R, FILTER_ROWS)):
-        # Neighbouring pixels' runs overlap: keep them in L1, which asynchronous copies pass by otherwise.
         if R % FILTER_ROWS == 0:
-            a = tl.load(x_ptrs, cache_modifier=".ca")
+            a = tl.load(x_ptrs)
             b = tl.load(w_ptrs)
         else:
             mask_k = filter_row < R - i * FILTER_ROWS
-            a = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0, cache_modifier=".ca")
+            a = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             b = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += FILTER_ROWS * DILATION_H * row_pitch
@@ -145,12 +144,12 @@ def stem_conv_wgrad_kernel(
     padded_h,
     pairs,
     rows_per_split,
+    stride_w,
     CHANNELS: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     RUN: tl.constexpr,
     STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -162,11 +161,11 @@ def stem_conv_wgrad_kernel(
     """Writes dw [split, Co, R*S*CHANNELS]: each program one tile of it, summed over a contiguous range of rows.
 
     BLOCK_N counts elements of runs: with R*RUN or more of them, dy is read once.
-    """
-    ALIGNED: tl.constexpr = 8 if STRIDE_W % 2 == 0 else 4
-    ROW: tl.constexpr = 8 // ALIGNED  # of a pair of pixels
-    PIXEL: tl.constexpr = STRIDE_W * 4 // ALIGNED  # from one output pixel to the next
 
+    ``stride_w`` is no constant so that the compiler knows origins to be multiples of 4 elements only: asynchronous
+    copies of 16 bytes pass L1 by, those of 8 do not. Here a warp's lanes lie along the runs of one pixel, and what
+    the next pixels' share with them is found in L1. (Forward, a warp holds several pixels of one row.)
+    """
     tiles_n = tl.cdiv(R * RUN, BLOCK_N)
     offs_co = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -184,27 +183,26 @@ def stem_conv_wgrad_kernel(
     dy_base = dy_ptr + row_start.to(tl.int64) * Co
     dy_offs = offs_co[:, None] + offs_k[None, :] * Co
 
-    # The origin of every row, advanced by BLOCK_K rows a step without a division in the loop.
+    # The origin of every row, in pixels, advanced by BLOCK_K rows a step without a division in the loop.
     n, p, q = split_rows(row_start + offs_k, P, Q)
-    origin = (n * padded_h + p * STRIDE_H) * (pairs * ROW) + q * PIXEL
-    line = STRIDE_H * pairs * ROW
+    origin = (n * padded_h + p * STRIDE_H) * (pairs * 2) + q * stride_w
+    line = STRIDE_H * pairs * 2
     step_q = BLOCK_K % Q
     step_p = BLOCK_K // Q % P
-    step = BLOCK_K // (P * Q) * (padded_h * pairs * ROW) + step_p * line + step_q * PIXEL
-    next_line = line - Q * PIXEL
-    next_image = padded_h * pairs * ROW - P * line
+    step = BLOCK_K // (P * Q) * (padded_h * pairs * 2) + step_p * line + step_q * stride_w
+    next_line = line - Q * stride_w
+    next_image = padded_h * pairs * 2 - P * line
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for i in range(tl.cdiv(rows, BLOCK_K)):
-        x_rows = x_ptrs + (origin.to(tl.int64) * ALIGNED)[:, None]
-        # Neighbouring pixels' runs overlap: keep them in L1.
+        x_rows = x_ptrs + (origin.to(tl.int64) * 4)[:, None]
         if EVEN_K:
             dy = tl.load(dy_base + dy_offs, mask=mask_co[:, None], other=0.0)
-            a = tl.load(x_rows, cache_modifier=".ca")
+            a = tl.load(x_rows)
         else:
             mask_k = offs_k < rows - i * BLOCK_K
             dy = tl.load(dy_base + dy_offs, mask=mask_co[:, None] & mask_k[None, :], other=0.0)
-            a = tl.load(x_rows, mask=mask_k[:, None], other=0.0, cache_modifier=".ca")
+            a = tl.load(x_rows, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(dy, a, acc, input_precision=PRECISION, out_dtype=ACC)
 
         dy_base += BLOCK_K * Co
