@@ -25,8 +25,8 @@ from typing import Any
 
 BLOCK_SHARED = {80: 166_912, 90: 232_448}
 SM_SHARED = {80: 167_936, 90: 233_472}
-PER_CHANNEL = ("bn_finalize", "bn_frozen", "bn_grad_finalize")
-"""Kernels that address tiles of statistics, a hundredth of an activation: 32 bits do."""
+SMALL_ONLY = ("bn_finalize", "bn_frozen", "bn_grad_finalize", "gram_reduce")
+"""Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
 REGISTERS = 65_536
 PARKED = 16
 """Bytes a thread: ptxas now and then parks an address or two across the main loop, which costs nothing."""
@@ -104,7 +104,8 @@ def compile_call(call: Any, sm: int) -> Compiled:
     try:
         compiled = kernel.warmup(**arguments, **options, grid=(1,))
     except Exception as error:  # the compiler's refusal is the finding
-        message = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip(" ^")), "")
+        message = f"does not compile: {type(error).__name__}: {reason[:300]}"
         return Compiled(call.kernel, call.where, shown, sm, warps, 0, 0, 0, False, (message,))
 
     registers, stack, local = resources(compiled.asm["cubin"])
@@ -116,7 +117,7 @@ def compile_call(call: Any, sm: int) -> Compiled:
         failures.append(f"{shared} bytes of shared memory, a block has {BLOCK_SHARED[sm]}")
     if sm == 90 and wants_wgmma(call) and not wgmma:
         failures.append("no wgmma")
-    if not call.kernel.startswith(PER_CHANNEL) and not wide_rows(compiled.asm["ttir"]):
+    if not call.kernel.startswith(SMALL_ONLY) and not wide_rows(compiled.asm["ttir"]):
         failures.append("no 64-bit row offsets")
     return Compiled(call.kernel, call.where, shown, sm, warps, registers, stack + local, shared, wgmma, tuple(failures))
 
@@ -127,7 +128,8 @@ def wants_wgmma(call: Any) -> bool:
 
     if not call.is_gemm or call.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return min(call.value("BLOCK_M"), call.value("BLOCK_N")) >= 64 and dict(call.options)["num_warps"] >= 4
+    tile = [call.value(name) for name in ("BLOCK_M", "BLOCK_N") if call.value(name) is not None]
+    return bool(tile) and min(tile) >= 64 and dict(call.options)["num_warps"] >= 4
 
 
 def wide_rows(ttir: str) -> bool:

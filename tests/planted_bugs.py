@@ -181,7 +181,7 @@ BUGS = [
         ("padded prologue",),
     ),
     Bug("no ReLU in the frozen epilogue", FPROP, "acc = relu(acc)", "acc = acc", ("frozen",)),
-    Bug("a residual not added", FPROP, "acc += tl.load(residual_ptr", "acc += 0 * tl.load(residual_ptr", ("frozen",)),
+    Bug("a residual not added", FPROP, "acc += residual", "acc += 0 * residual", ("frozen",)),
     Bug(
         "a lost last tile",
         "launch.conv_fprop",

@@ -17,13 +17,14 @@ import torch
 
 import fused_resnet.launch
 from benchmarks.problems import Layer, layers
-from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, record, stem_pool
+from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, gram, record, stem_conv, stem_pool
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.config import GemmConfig, supports
-from fused_resnet.plan.passes import pass_config, reduce_config
+from fused_resnet.plan.gram import gram_config
+from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import Target
 
@@ -195,12 +196,37 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     bn_act_grad.bn_grad_apply(y, None, coeffs, once)
 
 
-def _stem(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    """The 1x1 that widens, its statistics from the Gram matrix of its input."""
+    x, w, (q, k) = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), (p.Co, p.Ci)
+    row, counter = _rows(1, q)[0], torch.empty((), dtype=torch.int64, device="meta")
+    config = gram_config(p.M, k, target.sm_count, itemsize=x.element_size())
+    for affine in (None, _rows(2, k)):
+        g, c = gram.gram(x, affine, config)
+    parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
+    gram.gram_finalize(g, c, p.M, w, **parameters)
+    stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
+    gram.gram_backward(_rows(q, k), v, m, stats, w, row, p.M, out_dtype=torch.float32)
+
+
+def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    x, w, dy = (
+        _image(p.N, p.Ci, p.H, p.W, dtype),
+        _image(p.Co, p.Ci, p.R, p.S, dtype),
+        _image(p.N, p.Co, p.P, p.Q, dtype),
+    )
+    for stats in (True, False):
+        stem_conv.stem_conv_fprop(x, w, p, GemmConfig(128, 64, 2 * p.run, num_warps=4), stats=stats)
+    config = GemmConfig(64, 128, 64, num_warps=4, split=target.sm_count)
+    stem_conv.stem_conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
+
+
+def _stem(p: ConvProblem, dtype: torch.dtype) -> None:
     y, stats = _image(p.N, p.Co, p.P, p.Q, dtype), _rows(4, p.Co)
-    size = (p.Co, y.element_size(), target.sm_count)
-    out, index = stem_pool.stem_pool(y, stats, pass_config(p.M // 4 + 1, *size))
-    stem_pool.stem_pool_grad_reduce(out, index, out, y, stats, reduce_config(p.M // 4 + 1, *size))
-    stem_pool.stem_pool_grad_apply(out, index, out, y, _rows(3, p.Co), pass_config(p.M, *size))
+    config = window_config(p.Co)
+    out, index = stem_pool.stem_pool(y, stats, config)
+    stem_pool.stem_pool_grad_reduce(out, index, out, y, stats, config)
+    stem_pool.stem_pool_grad_apply(out, index, out, y, _rows(3, p.Co), config)
 
 
 def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
@@ -208,11 +234,14 @@ def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
     first = role in ("stem", "conv1", "projection")
     stride = (2, 2) if p.H > 8 else (1, 1)
     if role == "stem":
-        _stem(p, target, dtype)
+        _stem(p, dtype)
+        _stem_conv(p, target, dtype)
     else:
         _fprop(p, first, target, dtype)
         _dgrad(p, role, stride, target, dtype)
         _wgrad(p, first, target, dtype)
+        if role == "conv3":
+            _gram(p, target, dtype)
     _passes(p, target, dtype)
 
 
