@@ -16,28 +16,13 @@ from ..launch.bn_act_grad import bn_grad_finalize
 from ..launch.conv_dgrad import conv_dgrad
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.record import note
+from ..launch.stem_conv import stem_conv_wgrad
 from ..plan.plans import ConvPlan, Plan
-from .layer import Layer, Passes, operand
+from . import gram as gram_route
+from .layer import Layer, LayerGrad, Needs, Passes, operand
 from .staged_forward import Saved
 
 Tensor = torch.Tensor
-
-
-class Needs(NamedTuple):
-    """Which gradients of one layer are asked for."""
-
-    weight: bool
-    bn: bool
-
-    @property
-    def any(self) -> bool:
-        return self.weight or self.bn
-
-
-class LayerGrad(NamedTuple):
-    weight: Tensor | None = None
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
 
 
 class Gradient(NamedTuple):
@@ -71,6 +56,8 @@ def wgrad(
         x, input_stats = passes.act(x, input_stats), None
     if conv.wgrad.config is None:
         return vendor.conv_wgrad(x, grad.dz, operand(weight, x.dtype), conv.problem).to(out_dtype)
+    if conv.problem.is_stem:
+        return stem_conv_wgrad(x, grad.dz, conv.problem, conv.wgrad.config, out_dtype=out_dtype)
     return conv_wgrad(
         x,
         grad.dz,
@@ -116,15 +103,15 @@ def backward(
     """(dx, dresidual, gradients of each layer); what is not asked for is None and costs nothing."""
     assert plan.problem is not None
     problem, passes = plan.problem, Passes(plan)
-    batch, last = passes.batch, len(plan.convs) - 1
+    batch, last, gram = passes.batch, len(plan.convs) - 1, plan.gram is not None
     grads = [LayerGrad()] * len(layers)
     y_projection = saved.ys[-1] if plan.projection is not None and batch else None
     # Without a residual the ReLU's mask follows from y, and out need not be read (nor kept).
     dz, tiles = passes.grad_reduce(
         dout,
-        saved.ys[last] if batch else None,
+        saved.ys[last] if batch and not gram else None,
         saved.stats[last],
-        out=saved.out if problem.relu and not (batch and problem.residual == "none") else None,
+        out=saved.out if problem.relu and not (batch and not gram and problem.residual == "none") else None,
         residual=y_projection,
         residual_stats=saved.stats[-1] if y_projection is not None else None,
         relu=problem.relu,
@@ -142,6 +129,15 @@ def backward(
 
     dx = None
     lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
+    if gram and lowest <= last:
+        below, below_stats = saved.ys[last - 1], saved.stats[last - 1]
+        covariance, input_mean = saved.ys[last], saved.input_mean
+        assert below is not None and covariance is not None and input_mean is not None
+        kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
+        grads[last], dz, tiles = gram_route.backward(
+            plan, layers[last], dz, tiles, kept, below, below_stats, needs[last]
+        )
+        last -= 1
     for i in range(last, lowest - 1, -1):
         below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
         assert below is not None

@@ -14,8 +14,10 @@ import torch
 
 from ..launch import vendor
 from ..launch.conv_fprop import conv_fprop
+from ..launch.stem_conv import stem_conv_fprop
 from ..launch.tiles import StatTiles
 from ..plan.plans import ConvPlan, Plan
+from . import gram as gram_route
 from .layer import Layer, Passes, finalize, frozen_stats, operand
 
 Tensor = torch.Tensor
@@ -25,19 +27,22 @@ class Saved(NamedTuple):
     """What forward leaves for backward.
 
     ``ys`` are the convs' raw outputs, or with frozen statistics their activations (the last one's is ``out``, and its
-    place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both.
+    place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both. On
+    the Gram route the last conv has no output: its place in ``ys`` holds W Cov [q, p], and ``input_mean`` is its input's.
     """
 
     out: Tensor
     ys: list[Tensor | None]
     stats: list[Tensor]
+    input_mean: Tensor | None = None
 
 
 def conv_only(conv: ConvPlan, weight: Tensor, x: Tensor) -> Tensor:
     """y = conv(x), without statistics."""
     if conv.fprop.config is None:
         return vendor.conv_fprop(x, weight, conv.problem)
-    return conv_fprop(x, weight, conv.problem, conv.fprop.config)[0]
+    run = stem_conv_fprop if conv.problem.is_stem else conv_fprop
+    return run(x, weight, conv.problem, conv.fprop.config)[0]
 
 
 def conv_raw(
@@ -50,8 +55,11 @@ def conv_raw(
     if conv.fprop.config is None:
         y = vendor.conv_fprop(x, weight, conv.problem)
         return y, passes.stats(y)
-    input_affine = None if input_stats is None else input_stats[2:]
-    y, tiles = conv_fprop(x, weight, conv.problem, conv.fprop.config, input_affine=input_affine, stats=True)
+    if conv.problem.is_stem:
+        y, tiles = stem_conv_fprop(x, weight, conv.problem, conv.fprop.config, stats=True)
+    else:
+        input_affine = None if input_stats is None else input_stats[2:]
+        y, tiles = conv_fprop(x, weight, conv.problem, conv.fprop.config, input_affine=input_affine, stats=True)
     assert tiles is not None
     return y, tiles
 
@@ -69,7 +77,8 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     ys: list[Tensor | None] = []
     stats: list[Tensor] = []
     y, pending = x, None
-    for conv, layer in zip(plan.convs, layers, strict=False):
+    written = plan.convs if plan.gram is None else plan.convs[:-1]
+    for conv, layer in zip(written, layers, strict=False):
         y, tiles = conv_raw(passes, conv, operand(layer.weight, x.dtype), y, pending)
         pending = finalize(layer, tiles)
         ys.append(y)
@@ -79,12 +88,20 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     if plan.projection is not None:
         residual, tiles = conv_raw(passes, plan.projection, operand(layers[-1].weight, x.dtype), x, None)
         residual_stats = finalize(layers[-1], tiles)
-        ys.append(residual)
-        stats.append(residual_stats)
     elif plan.problem.residual == "identity":
         residual = x
-    out = passes.act(y, pending, residual, residual_stats, plan.problem.relu)
-    return Saved(out, ys, stats)
+    input_mean = None
+    if plan.gram is not None:
+        last = gram_route.forward(plan, layers[len(written)], y, pending, residual, residual_stats)
+        out, input_mean = last.out, last.input_mean
+        ys.append(last.covariance)
+        stats.append(last.stats)
+    else:
+        out = passes.act(y, pending, residual, residual_stats, plan.problem.relu)
+    if residual_stats is not None:
+        ys.append(residual)
+        stats.append(residual_stats)
+    return Saved(out, ys, stats, input_mean)
 
 
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
@@ -94,8 +111,8 @@ def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequ
 
     def conv_act(conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool) -> Tensor:
         weight = operand(layer.weight, x.dtype)
-        if conv.fprop.config is None:
-            return passes.act(vendor.conv_fprop(a, weight, conv.problem), s, r, None, relu)
+        if conv.fprop.config is None or conv.problem.is_stem:
+            return passes.act(conv_only(conv, weight, a), s, r, None, relu)
         return conv_fprop(a, weight, conv.problem, conv.fprop.config, output_affine=s[2:], residual=r, relu=relu)[0]
 
     if plan.projection is not None:

@@ -50,9 +50,10 @@ def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig
     """Whether our ``kind`` ("fprop", "dgrad" or "wgrad") of ``problem`` runs on ``target`` with ``config``, and why not."""
     if problem.groups != 1:
         return False, f"a grouped convolution ({problem.groups} groups)"
-    if problem.taps > MOST_TAPS and kind != "wgrad":
+    stem = problem.is_stem and kind != "dgrad"
+    if problem.taps > MOST_TAPS and kind != "wgrad" and not stem:
         return False, f"a filter of {problem.R}x{problem.S} taps; the kernels take up to {MOST_TAPS}"
-    if problem.Ci < 16 and problem.taps > 1 and not target.interpreter:
+    if problem.Ci < 16 and problem.taps > 1 and not stem and not target.interpreter:
         return False, f"{problem.Ci} input channels would leave most of a 16-wide tensor instruction empty"
     if problem.dtype == "float64" and not target.interpreter:
         return False, "float64 runs in the interpreter only"
@@ -60,6 +61,8 @@ def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig
         return False, f"a tile narrower than 16: {config}"
     if config.row_taps not in (1, 3) or (config.row_taps == 3 and problem.S != 3):
         return False, f"{config.row_taps} taps in a program, of a filter {problem.S} wide"
+    if stem and kind == "fprop" and config.block_k % problem.run:
+        return False, f"a step takes whole rows of the filter, {problem.run} elements each: {config}"
     itemsize = 4 if problem.dtype == "float32" else 2
     operands = itemsize * config.num_stages * config.block_k * (config.block_m + config.block_n)
     if not target.interpreter and operands > target.shared_memory:

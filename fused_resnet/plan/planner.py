@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from . import tables
 from .config import GemmConfig, supports
-from .plans import ChainProblem, Choice, ConvPlan, Plan
+from .gram import gram_config
+from .gram_dgrad import gram_dgrad_config
+from .plans import ChainProblem, Choice, ConvPlan, GramPlan, Plan
 from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target, current, why_not
@@ -20,9 +21,11 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
     reason = "asked for" if route == "reference" else _why_not(problem, target)
     if reason:
         return Plan("reference", reason)
+    why_not_gram = "the staged route was asked for" if route == "staged" else _why_not_gram(problem)
     return Plan(
-        route="staged",
-        reason="asked for" if route == "staged" else "the staged kernels support every convolution of the chain",
+        route="staged" if why_not_gram else "gram",
+        reason=why_not_gram or "the last convolution widens: its output need not exist",
+        gram=None if why_not_gram else _gram_plan(problem.convs[-1], target),
         problem=problem,
         convs=tuple(plan_conv(conv, target, first=i == 0) for i, conv in enumerate(problem.convs)),
         projection=plan_conv(problem.projection, target, first=True) if problem.projection else None,
@@ -39,6 +42,44 @@ def _why_not(problem: ChainProblem, target: Target) -> str:
         if conv.M == 0 or conv.N * conv.H * conv.W == 0:
             return "the batch is empty"
     return ""
+
+
+MOST_GRAM_WIDTH = 512
+"""A wider Gram matrix costs more than the output it saves (half of the convolution's own products at 1024)."""
+LEAST_GRAM_ROWS = 8
+
+
+def _why_not_gram(problem: ChainProblem) -> str:
+    """Why the chain's last convolution writes its output, or "" where it need not."""
+    last = problem.convs[-1]
+    if len(problem.convs) < 2 or not last.is_gemm or last.Co <= last.Ci:
+        return "the last convolution is not a 1x1 that widens: its output exists"
+    if not problem.batch_statistics:
+        return "with frozen statistics the normalisation is the convolution's epilogue already"
+    if not problem.relu:
+        return "without a ReLU at its end a chain is staged"
+    if last.Ci > MOST_GRAM_WIDTH:
+        return f"a Gram matrix {last.Ci} wide costs more than it saves"
+    if last.M < LEAST_GRAM_ROWS:
+        return f"{last.M} rows are too few for a covariance"
+    return ""
+
+
+def _gram_plan(last: ConvProblem, target: Target) -> GramPlan:
+    itemsize = {"float32": 4, "float64": 8}.get(last.dtype, 2)
+    return GramPlan(
+        gram=gram_config(last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter),
+        fprop=_measured_or_default(last, "fprop", target),
+        wgrad=_measured_or_default(last, "wgrad", target),
+        dgrad=gram_dgrad_config(last.M, last.Ci, last.Co, target),
+    )
+
+
+def _measured_or_default(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
+    measured = tables.lookup(problem, _pass_name(problem, kind, first=False), target)
+    if measured is not None and measured.config is not None and supports(problem, kind, target, measured.config)[0]:
+        return measured.config
+    return default_config(problem, kind, target)
 
 
 Pair = tuple[int, int]
@@ -149,6 +190,8 @@ def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Cho
             return Choice("vendor", times)
         if supports(problem, kind, target, measured.config)[0]:
             return Choice("fused", times, measured.config)
+    if problem.is_stem and kind != "dgrad" and problem.stride[1] % 2 == 0 and problem.dtype != "float32":
+        return Choice("fused", "on images of few channels the vendor's takes many times what memory does", config)
     if problem.taps > 1:
         return Choice(
             "vendor", "nobody measured this filter here, and the vendor's is rarely slower on one wider than 1x1"
@@ -167,16 +210,25 @@ def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfi
     """The configuration of a problem that nobody measured."""
     if target.interpreter:
         return _interpreter_config(problem, kind)
+    if problem.is_stem and kind != "dgrad":
+        return _stem_config(problem, kind, target)
     if kind == "wgrad":
         block_m, block_n = _tile(problem.Co), _tile(problem.Ci)
-        config = GemmConfig(block_m, block_n, 64, num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=3)
-        split = wgrad_split(problem, config.block_m, config.block_n, config.block_k, target.sm_count)
-        return replace(config, split=split)
+        row_taps = 3 if problem.S == 3 and block_m * block_n <= 64 * 64 else 1
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        split = wgrad_split(problem, block_m, block_n, 64, target.sm_count, row_taps)
+        return GemmConfig(block_m, block_n, 64, num_warps=warps, num_stages=3, split=split, row_taps=row_taps)
     columns = problem.Co if kind == "fprop" else problem.Ci
     reduced = problem.Ci if kind == "fprop" else problem.Co
     block_n = _tile(columns)
     block_k = 64 if reduced > 32 else 32
-    return GemmConfig(128, block_n, block_k, num_warps=8 if block_n >= 128 else 4, num_stages=3)
+    # Registers and shared memory for two or three programs on a processor: one's loads, another's products.
+    if kind == "dgrad":
+        return GemmConfig(
+            64 if block_n == 128 else 128, block_n, block_k, num_warps=4, num_stages=2 + (problem.taps > 1)
+        )
+    stages = 2 if problem.taps * reduced <= 128 else 3
+    return GemmConfig(128, block_n, block_k, num_warps=8 if block_n >= 128 else 4, num_stages=stages)
 
 
 def _tile(columns: int) -> int:
@@ -185,10 +237,9 @@ def _tile(columns: int) -> int:
 
 def _interpreter_config(problem: ConvProblem, kind: str) -> GemmConfig:
     # The interpreter's cost is per program and per loop step, not per element: the largest tile that is not mostly padding.
-    rows, columns = (
-        (problem.Co, problem.Ci) if kind == "wgrad" else (problem.M, problem.Co if kind == "fprop" else problem.Ci)
-    )
-    reduced = problem.M if kind == "wgrad" else problem.Ci if kind == "fprop" else problem.Co
+    depth = problem.R * problem.run if problem.is_stem and kind != "dgrad" else problem.Ci
+    rows, columns = (problem.Co, depth) if kind == "wgrad" else (problem.M, problem.Co if kind == "fprop" else depth)
+    reduced = problem.M if kind == "wgrad" else depth if kind == "fprop" else problem.Co
     return GemmConfig(_power(rows, 4096), _power(columns, 256), _power(reduced, 4096 if kind == "wgrad" else 256))
 
 

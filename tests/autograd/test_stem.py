@@ -87,7 +87,7 @@ def test_needs(wanted: tuple[bool, ...], training: bool) -> None:
     with fr.record_launches() as launches:
         out.backward(torch.ones_like(out))
     ran = Counter(launch.kernel.removesuffix("_kernel") for launch in launches)
-    assert (ran["conv_dgrad"], ran["conv_wgrad"]) == wanted[:2]
+    assert (ran["conv_dgrad"], ran["stem_conv_wgrad"]) == wanted[:2]
     assert ran["stem_pool_grad_apply"] == (wanted[0] or wanted[1])
 
 
