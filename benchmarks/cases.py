@@ -12,6 +12,7 @@ from fused_resnet.launch import vendor
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.launch.stem_conv import stem_conv_fprop, stem_conv_wgrad
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.tables import pass_name
@@ -111,6 +112,10 @@ class ConvCase:
 
     def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
         """The kernel: (output, tiles or None)."""
+        if self.problem.is_stem:
+            if self.kind == "fprop":
+                return stem_conv_fprop(t["x"], t["w"], self.problem, config, stats=self.stats)
+            return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
         if self.kind == "fprop":
             return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=t.get("affine"), stats=self.stats)
         if self.kind == "dgrad":
@@ -226,10 +231,11 @@ def _nhwc(p: ConvProblem) -> tuple[int, int, int, int]:
 
 
 def cases(layer: problems.Layer, kinds: tuple[str, ...] = ("fprop", "dgrad", "wgrad")) -> list[ConvCase]:
-    """The passes of a layer as its role in a block has them; none of the stem's, which is the vendor's."""
+    """The passes of a layer as its role in a block has them. The stem's images need no gradient."""
     p, role = layer.problem, layer.role
     if role == "stem":
-        return []
+        found = (ConvCase(p, "fprop", role, stats=True), ConvCase(p, "wgrad", role))
+        return [case for case in found if case.kind in kinds]
     pointwise, first = p.is_pointwise, role in ("conv1", "projection")
     strided = role == "projection" and p.stride != (1, 1)
     make: dict[str, Callable[[], ConvCase]] = {

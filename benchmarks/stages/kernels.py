@@ -14,6 +14,7 @@ import torch
 
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan import planner, tables
+from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.target import INTERPRETER, Target, current
 
@@ -56,7 +57,9 @@ def config_for(context: Context, case: ConvCase, target: Target) -> GemmConfig:
         entry = tables.lookup(case.problem, case.variant, name, table)
         if entry is not None and entry.ours is not None and supports(case.problem, case.kind, target, entry.ours)[0]:
             return entry.ours
-    return planner.default_config(case.problem, case.kind, target)
+    if context.dry and not case.problem.is_stem:
+        return planner.default_config(case.problem, case.kind, target)
+    return candidates(case.problem, case.kind, target, 1)[0]
 
 
 def items(context: Context) -> Iterator[Item]:

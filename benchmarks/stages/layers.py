@@ -59,7 +59,7 @@ def other_stem(context: Context, problem: ConvProblem) -> dict[str, Any]:
     for case in (ConvCase(problem, "fprop", "stem", stats=True), ConvCase(problem, "wgrad", "stem")):
         assert target is not None
         config = default_config(problem, case.kind, target)
-        if supports(problem, case.kind, target, config)[0]:
+        if not problem.is_stem and supports(problem, case.kind, target, config)[0]:
             t = case.inputs(context.device.name)
             call = interleave(context.device, {"ours": [lambda c=case, t=t, g=config: c.ours(t, g)]}, samples=12)[
                 "ours"

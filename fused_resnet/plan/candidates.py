@@ -1,9 +1,15 @@
-"""Which configurations are worth measuring for a pass of a convolution, the most likely first."""
+"""Which configurations are worth measuring for a pass of a convolution, the most likely first.
+
+The lists come from compiling every tile for sm_90 and reading registers, spills and shared memory: most entries let
+two or three programs share a processor, so that one's loads overlap another's products and epilogue. A tile that
+spills in its main loop is in none; a ``maxnreg`` that makes the epilogue spill a few registers may pay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from .config import GemmConfig, supports
 from .planner import default_config
@@ -11,34 +17,73 @@ from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target
 
-MOST = 26
+MOST = 14
 
-# Rows, columns, warps, stages. One or two steps of the reduction have nothing to pipeline: shared memory is better
-# spent on a second program.
-SHORT = (
-    (128, 64, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2), (128, 256, 8, 2), (64, 64, 4, 2), (256, 64, 8, 2),
-    (64, 128, 4, 2), (128, 128, 4, 2), (256, 128, 8, 2), (64, 256, 4, 2), (128, 64, 8, 2), (128, 32, 4, 2),
+
+class Tile(NamedTuple):
+    """A GemmConfig but for what the problem decides."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    transposed: bool = False
+    maxnreg: int | None = None
+
+
+T = True
+# fprop of one or two steps of the reduction: nothing to pipeline, so memory goes to further programs.
+FPROP_SHORT = (
+    Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 4, 2), Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2, T, 128),
+    Tile(128, 256, 64, 8, 2), Tile(128, 64, 64, 4, 2, T), Tile(64, 256, 64, 4, 2), Tile(64, 64, 64, 4, 2),
+    Tile(256, 64, 64, 8, 2), Tile(128, 128, 64, 4, 2), Tile(64, 256, 64, 8, 2, maxnreg=128), Tile(128, 64, 64, 8, 2),
+    Tile(128, 128, 64, 8, 2, T), Tile(256, 64, 64, 8, 2, T), Tile(64, 64, 64, 4, 2, T), Tile(128, 32, 64, 4, 2),
 )  # fmt: skip
-LONG = (
-    (128, 128, 8, 4), (128, 256, 8, 3), (128, 64, 4, 4), (256, 128, 8, 3), (64, 256, 8, 4), (128, 128, 4, 4),
-    (256, 64, 8, 4), (64, 64, 4, 5), (128, 256, 8, 4), (64, 128, 4, 4), (256, 128, 8, 4), (64, 256, 4, 3),
-    (256, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2),
+FPROP = (
+    Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3, T, 128), Tile(64, 128, 64, 4, 3),
+    Tile(128, 64, 64, 4, 4), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 256, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 5), Tile(128, 256, 64, 8, 3, T),
+    Tile(128, 128, 64, 8, 4, T), Tile(64, 256, 64, 4, 3), Tile(128, 64, 64, 4, 3, T), Tile(256, 64, 64, 8, 3),
+    Tile(64, 64, 64, 4, 5), Tile(256, 64, 64, 8, 4, T), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3, T),
+    Tile(128, 32, 64, 4, 3),
 )  # fmt: skip
-# Output channels, input channels, rows, warps, stages; of one tap, and of a row of three.
+# dgrad of a 1x1: two operands are read for the left one, which halves the stages that fit.
+DGRAD_POINTWISE = (
+    Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2, maxnreg=128), Tile(128, 64, 64, 4, 2), Tile(64, 128, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4, maxnreg=128), Tile(128, 256, 64, 8, 2), Tile(64, 256, 64, 8, 2, maxnreg=128),
+    Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 2, maxnreg=128), Tile(64, 256, 32, 4, 3),
+    Tile(128, 128, 64, 8, 3, T), Tile(128, 64, 64, 8, 3), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 3, T),
+    Tile(128, 64, 64, 8, 3, T), Tile(64, 64, 64, 4, 4, T), Tile(128, 32, 64, 4, 3),
+)  # fmt: skip
+DGRAD = (
+    Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 4),
+    Tile(128, 64, 64, 4, 3, T), Tile(128, 128, 64, 8, 3, T, 128), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(256, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 4, T), Tile(64, 64, 64, 4, 5, T), Tile(128, 64, 64, 8, 3),
+    Tile(256, 64, 64, 8, 3, T), Tile(128, 64, 64, 4, 3, maxnreg=128), Tile(128, 32, 64, 4, 3),
+)  # fmt: skip
+
+# Output channels, input channels, rows, warps, stages, taps of a program.
 WGRAD = (
-    (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-    (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 64, 128, 4, 3),
-    (128, 128, 32, 8, 4), (128, 64, 128, 8, 2), (64, 128, 128, 8, 2), (64, 64, 64, 4, 2),
+    (128, 128, 64, 8, 3, 1), (64, 64, 64, 4, 4, 1), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1),
+    (128, 64, 64, 4, 4, 1), (64, 128, 64, 4, 4, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 4, 3, 1),
+    (64, 256, 64, 8, 3, 1), (256, 64, 64, 8, 3, 1), (64, 64, 128, 4, 3, 1), (64, 64, 64, 4, 2, 1),
+    (128, 128, 32, 8, 4, 1), (128, 64, 128, 8, 2, 1),
 )  # fmt: skip
-WGRAD_ROW = ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 32, 4, 4))
-OTHER_SPLITS = WGRAD[:1] + WGRAD[2:5]
-"""Those of which half and twice the parts are worth a try."""
+WGRAD_ROW = (
+    (64, 64, 64, 4, 3, 3), (128, 64, 64, 8, 3, 3), (128, 128, 64, 8, 3, 3), (64, 64, 32, 4, 4, 3),
+    (64, 64, 64, 4, 4, 3), (128, 64, 64, 8, 4, 3),
+)  # fmt: skip
 
 
 def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
     """At most ``most`` distinct configurations of ``kind`` that ``target`` supports, the planner's default first."""
     default = default_config(problem, kind, target)
-    proposed = _wgrad(problem, target) if kind == "wgrad" else _gemm(problem, kind)
+    if problem.is_stem and kind != "dgrad":
+        proposed = _stem(problem, kind, default)
+    else:
+        proposed = _wgrad(problem, target) if kind == "wgrad" else _gemm(problem, kind)
     found = dict.fromkeys([default, *proposed])
     return [config for config in found if supports(problem, kind, target, config)[0]][:most]
 
@@ -46,32 +91,38 @@ def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST
 def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
     """fprop and dgrad: rows by output channels, reduced over input channels and taps (dgrad: the other way)."""
     columns, depth = (problem.Co, problem.Ci) if kind == "fprop" else (problem.Ci, problem.Co)
-    k = 64 if depth > 32 else 32
-    steps = problem.taps * -(-depth // k)
-    tiles = SHORT if steps <= 2 else LONG
-    fitting = [GemmConfig(m, n, k, warps, stages) for m, n, warps, stages in tiles if n <= max(columns, 32)]
-    yield from fitting[:8]
-    # Transposed, an epilogue's sums stay inside few threads, but a prologue's operand goes through shared memory.
-    yield from (replace(config, transposed=True) for config in fitting[:6])
-    if columns >= 512:
-        yield GemmConfig(64, 512, 32, 8, 3)  # a prologue is computed once for every N tile: the fewer the better
-    if columns >= 128:
-        yield GemmConfig(128, 128, k, 8, 3, maxnreg=128)
-        yield GemmConfig(128, 128, 32, 8, 4)
-    if depth % 128 == 0:
-        yield GemmConfig(128, min(128, max(32, columns)), 128, 8, 2)
-    yield from fitting[8:]
+    if kind == "dgrad":
+        tiles = DGRAD_POINTWISE if problem.is_pointwise else DGRAD
+    else:
+        tiles = FPROP_SHORT if problem.taps * depth <= 128 else FPROP
+    for m, n, k, warps, stages, transposed, maxnreg in tiles:
+        if n <= max(columns, 32):
+            yield GemmConfig(m, n, min(k, 64 if depth > 32 else 32), warps, stages, 1, maxnreg, transposed)
 
 
 def _wgrad(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
-    """Output by input channels of one tap, reduced over the rows, which are split into parts."""
-    shapes = [(tile, 1) for tile in WGRAD] + [(tile, 3) for tile in WGRAD_ROW if problem.S == 3]
-    for tile, row_taps in shapes:
-        co, ci, k, warps, stages = tile
-        if co > max(64, problem.Co) or ci > max(64, problem.Ci):
-            continue
-        split = wgrad_split(problem, co, ci, k, target.sm_count, row_taps)
-        config = GemmConfig(co, ci, k, warps, stages, split, row_taps=row_taps)
-        yield config
-        if row_taps == 1 and tile in OTHER_SPLITS:
-            yield from (replace(config, split=other) for other in (split // 2, 2 * split) if other >= 1)
+    """Output by input channels of one tap or three, reduced over the rows, which are split into parts."""
+    tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:]) if problem.S == 3 else WGRAD
+    tried = 0
+    for co, ci, k, warps, stages, row_taps in tiles:
+        if co <= max(64, problem.Co) and ci <= max(64, problem.Ci):
+            split = wgrad_split(problem, co, ci, k, target.sm_count, row_taps)
+            config = GemmConfig(co, ci, k, warps, stages, split, row_taps=row_taps)
+            yield config
+            tried += 1
+            if tried <= 2:
+                yield from (replace(config, split=other) for other in (2 * split, split // 2) if other >= 1)
+
+
+def _stem(problem: ConvProblem, kind: str, default: GemmConfig) -> Iterator[GemmConfig]:
+    """stem_conv: steps of whole filter rows; backward, columns that hold all runs (dy is read once) or half of them."""
+    if kind == "fprop":
+        for m, rows, warps, stages in ((128, 2, 4, 4), (128, 1, 4, 5), (256, 2, 8, 3), (64, 2, 4, 4), (128, 4, 8, 2),
+                                       (128, 4, 4, 2), (256, 1, 8, 4), (64, 4, 4, 3), (128, 2, 8, 3)):  # fmt: skip
+            yield replace(default, block_m=m, block_k=rows * problem.run, num_warps=warps, num_stages=stages)
+        return
+    for n, k, warps, stages, parts in (
+        (256, 64, 8, 4, 1), (256, 32, 8, 4, 1), (128, 64, 4, 3, 1), (256, 64, 4, 3, 1), (256, 64, 8, 3, 2),
+        (128, 64, 4, 4, 2), (256, 128, 8, 2, 1), (128, 32, 4, 4, 1), (64, 64, 4, 4, 1),
+    ):  # fmt: skip
+        yield replace(default, block_n=n, block_k=k, num_warps=warps, num_stages=stages, split=parts * default.split)

@@ -19,13 +19,20 @@ pytestmark = pytest.mark.quick
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_every_layer_has_some_and_each_is_supported(depth: int) -> None:
-    for layer in problems.layers(depth)[1:]:
+    for layer in problems.layers(depth)[1:]:  # the stem's have kernels of their own, below
         for kind in ("fprop", "dgrad", "wgrad"):
             found = candidates(layer.problem, kind, H100)
             assert 4 <= len(found) == len(set(found)) <= MOST
             assert found[0] == default_config(layer.problem, kind, H100)
             assert all(supports(layer.problem, kind, H100, config)[0] for config in found)
             assert all(config.split == 1 for config in found) or kind == "wgrad"
+
+
+def test_the_stem_s_take_whole_runs() -> None:
+    stem = problems.layers(50)[0].problem
+    forward, backward = (candidates(stem, kind, H100) for kind in ("fprop", "wgrad"))
+    assert all(config.block_k % stem.run == 0 for config in forward) and len(forward) == len(set(forward)) > 4
+    assert backward[0].block_n >= stem.R * stem.run and len(backward) == len(set(backward)) > 4
 
 
 def test_the_layers_are_those_of_the_network() -> None:
