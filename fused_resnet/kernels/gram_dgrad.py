@@ -28,6 +28,26 @@ def load_matrix(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr
 
 
 @triton.jit
+def masked_rows(
+    acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, scale, shift, stats_ptr, ROWS: tl.constexpr, ACC: tl.constexpr
+):
+    """Stores relu_grad of ``acc`` [BLOCK_N, ROWS], the rows from ``first`` on. Returns its sums, with y - mean too."""
+    offs_m = first + tl.arange(0, ROWS)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & mask_n[None, :]
+    # Rounded before it changes layout: half the registers and shared memory, and the selection loses nothing.
+    da = tl.trans(acc.to(dx_ptr.dtype.element_ty)).to(ACC)
+    start = first.to(tl.int64) * P
+    offs = tl.arange(0, ROWS)[:, None] * P + offs_n[None, :]
+    x = tl.load(y_ptr + start + offs, mask=mask, other=0.0).to(ACC)
+    mean = tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
+    dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
+    tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    stored = tl.where(mask_m[:, None], dx, 0.0)
+    return tl.sum(stored, axis=0), tl.sum(stored * (x - mean[None, :]), axis=0)
+
+
+@triton.jit
 def gram_dgrad_kernel(
     dz_ptr,
     y_ptr,
@@ -54,22 +74,16 @@ def gram_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``WHOLE``: one N tile holds all of p, so a is one block, which is loaded before the loop and used after it."""
+    """``WHOLE``: one N tile holds all of p, and a is one block."""
     pid_m = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
     mask_n = offs_n < P
     # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
     row = tl.minimum(offs_m, M - 1).to(tl.int64)
     y_rows = y_ptr + row[:, None] * P
-    if WHOLE:
-        if EVEN_N:
-            y = tl.load(y_rows + offs_n[None, :])
-        else:
-            y = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0)
 
     dz_ptrs = dz_ptr + row[:, None] * Q + offs_k[None, :]
     aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
@@ -93,6 +107,10 @@ def gram_dgrad_kernel(
     scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
     shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
     if WHOLE:
+        if EVEN_N:
+            y = tl.load(y_rows + offs_n[None, :])
+        else:
+            y = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0)
         a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
         b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
@@ -116,16 +134,14 @@ def gram_dgrad_kernel(
     if HAS_SCALES:
         acc *= 1.0 / scale_p
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    # Rounded before it changes layout: half the registers and shared memory, and the selection loses nothing.
-    da = tl.trans(acc.to(dx_ptr.dtype.element_ty)).to(ACC)
-    mask = mask_m[:, None] & mask_n[None, :]
-    # Read again, from a cache: kept since its first use it would cost a second program per SM.
-    x = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0).to(ACC)
-    dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
-    tl.store(dx_ptr + offs_m.to(tl.int64)[:, None] * P + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-    stored = tl.where(mask_m[:, None], dx, 0.0)
-    mean = tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
+    # Half of the rows after the other: the accumulator keeps rows in registers, so a half costs half of them.
+    HALF: tl.constexpr = BLOCK_M // 2
+    upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+    first = pid_m * BLOCK_M
+    sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, scale, shift, stats_ptr, HALF, ACC)
+    more, more_products = masked_rows(
+        lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, scale, shift, stats_ptr, HALF, ACC
+    )
     tile_ptrs = tiles_ptr + pid_m * P + offs_n
-    tl.store(tile_ptrs, tl.sum(stored, axis=0), mask=mask_n)
-    tl.store(tile_ptrs + num_m * P, tl.sum(stored * (x - mean[None, :]), axis=0), mask=mask_n)
+    tl.store(tile_ptrs, sums + more, mask=mask_n)
+    tl.store(tile_ptrs + num_m * P, products + more_products, mask=mask_n)
