@@ -64,6 +64,7 @@ def gram_kernel(
     FLUSH: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -72,7 +73,7 @@ def gram_kernel(
     """One tile of the upper triangle over one range of rows; partials are [split, tiles of G, then c].
 
     ``FLUSH``: after so many steps the accumulator is added to a second one. Tensor cores may truncate the sums that
-    they keep, an error that grows with the run.
+    they keep, an error that grows with the run. ``LANES``: rows of a step that different threads hold.
     """
     row_tile, column_tile = tile_pair(tl.program_id(0), TILES)
     part = tl.program_id(1)
@@ -100,7 +101,7 @@ def gram_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
-    sums = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)  # in two dimensions: reduced once, not at every step
+    sums = tl.zeros((LANES, BLOCK_N), dtype=ACC)  # in two dimensions: reduced across threads once, not at every step
     for step in range(tl.cdiv(rows, BLOCK_K)):
         mask_k = offs_k < rows - step * BLOCK_K
         a_j = load_normalised(base + x_offs_j, mask_k, mask_j, scale_j, shift_j, ACC, EVEN_K)
@@ -109,7 +110,7 @@ def gram_kernel(
         else:
             a_i = load_normalised(base + x_offs_i, mask_k, mask_i, scale_i, shift_i, ACC, EVEN_K)
         acc = tl.dot(tl.trans(a_i), a_j, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        sums += a_j.to(ACC)
+        sums += tl.sum(tl.reshape(a_j, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
@@ -193,7 +194,7 @@ def gram_finalize_kernel(
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
-    rows_q = offs_q[:, None] * P
+    rows_q = offs_q.to(tl.int64)[:, None] * P
 
     mean = tl.zeros((BLOCK_Q,), dtype=ACC)
     var = tl.zeros((BLOCK_Q,), dtype=ACC)
@@ -207,7 +208,7 @@ def gram_finalize_kernel(
             mask_i = offs_i < P
             m_i = tl.load(c_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64) * inverse_rows
             mask_g = mask_i[:, None] & mask_j[None, :]
-            g = tl.load(g_ptr + offs_i[:, None] * P + offs_j[None, :], mask=mask_g, other=0.0)
+            g = tl.load(g_ptr + offs_i.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_g, other=0.0)
             covariance = (g.to(tl.float64) * inverse_rows - m_i[:, None] * m_j[None, :]).to(ACC)
             w = tl.load(w_ptr + rows_q + offs_i[None, :], mask=mask_q[:, None] & mask_i[None, :], other=0.0)
             acc = tl.dot(w.to(ACC), covariance, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
@@ -264,7 +265,7 @@ def gram_backward_kernel(
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
-    rows_q = offs_q[:, None] * P
+    rows_q = offs_q.to(tl.int64)[:, None] * P
     rstd = tl.load(stats_ptr + Q + offs_q, mask=mask_q, other=0.0)
     coeff_a = tl.load(stats_ptr + 2 * Q + offs_q, mask=mask_q, other=0.0)
     dbeta = tl.load(dbeta_ptr + offs_q, mask=mask_q, other=0.0)
@@ -291,8 +292,8 @@ def gram_backward_kernel(
     if SCALED:
         tl.store(bound_ptr + offs_q, tl.abs(coeff_b) * widest * widest, mask=mask_q)
         # abs(A) times the scale is below 16: room for small A, and no overflow for weights below 4094.
-        offs = tl.arange(0, ALL_Q)
-        largest = tl.max(tl.abs(tl.load(stats_ptr + 2 * Q + offs, mask=offs < Q, other=0.0)), axis=0)
+        all_q = tl.arange(0, ALL_Q)
+        largest = tl.max(tl.abs(tl.load(stats_ptr + 2 * Q + all_q, mask=all_q < Q, other=0.0)), axis=0)
         scale = power_of_two(largest, 3)
         scaled_a = coeff_a * scale
         if tl.program_id(0) == 0:
@@ -340,19 +341,19 @@ def gram_product_kernel(
         rows = start + offs_k
         mask_k = rows < Q
         mask_w = mask_k[:, None]
-        left = tl.load(w_ptr + rows[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0)
-        right = tl.load(w_ptr + rows[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0)
+        left = tl.load(w_ptr + rows.to(tl.int64)[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0)
+        right = tl.load(w_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0)
         b = tl.load(b_ptr + rows, mask=mask_k, other=0.0)
         scaled = b[:, None] * right.to(ACC)
         acc = tl.dot(tl.trans(left.to(ACC)), scaled, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
     if SCALED:
-        offs = tl.arange(0, ALL_Q)
-        bound = tl.sum(tl.load(bound_ptr + offs, mask=offs < Q, other=0.0), axis=0)
+        all_q = tl.arange(0, ALL_Q)
+        bound = tl.sum(tl.load(bound_ptr + all_q, mask=all_q < Q, other=0.0), axis=0)
         scale = power_of_two(bound, 14)
         acc *= scale
         if tl.program_id(0) == 0:
             tl.store(scales_ptr + 1, scale)
-    offs = offs_i[:, None] * P + offs_j[None, :]
+    offs = offs_i.to(tl.int64)[:, None] * P + offs_j[None, :]
     tl.store(p_ptr + offs, acc.to(p_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
 
 
@@ -381,14 +382,14 @@ def gram_bias_kernel(
     for start in range(0, Q, BLOCK_K):
         rows = start + offs_k
         mask_k = rows < Q
-        aw = tl.load(aw_ptr + rows[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        aw = tl.load(aw_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         mean = (tl.load(dbeta_ptr + rows, mask=mask_k, other=0.0) * inverse_rows).to(ACC)
         of_dz += mean[:, None] * aw.to(ACC)
     of_a = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
     for start in range(0, P, BLOCK_K):
         rows = start + offs_k
         mask_k = rows < P
-        p = tl.load(p_ptr + rows[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        p = tl.load(p_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         mean = tl.load(m_ptr + rows, mask=mask_k, other=0.0)
         of_a += mean[:, None] * p.to(ACC)
     sum_dz = tl.sum(of_dz, axis=0)

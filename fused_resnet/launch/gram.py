@@ -25,7 +25,7 @@ from ..plan.gram import (
     gram_rows_config,
     gram_tiles,
 )
-from ..plan.passes import ceil_div
+from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
 from .bn_stats import _require_channels
 from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_rows, require_shape
 from .record import launch
@@ -67,6 +67,7 @@ def gram(
     tiles = gram_tiles(channels, config.block_n)
     elements = tiles * config.block_n**2 + channels
     partial = torch.empty((split, elements), dtype=dtype, device=x.device)
+    lanes = config.num_warps * WARP * VECTOR_BYTES // x.element_size() // config.block_n
     launch(
         gram_kernel,
         (tiles, split),
@@ -85,6 +86,7 @@ def gram(
         FLUSH=max(1, FLUSH_ROWS // config.block_k),
         HAS_AFFINE=input_affine is not None,
         EVEN_K=rows % config.block_k == 0,
+        LANES=min(config.block_k, max(1, lanes)),
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         ACC=acc,

@@ -23,19 +23,21 @@ def gram_config(
 ) -> GemmConfig:
     """The Gram matrix of ``rows`` x ``p``: square tiles ``block_m`` = ``block_n``, ``block_k`` rows at a time.
 
-    ``split`` fills whole waves of programs. The partials, written and read once, stay below a quarter of the input,
+    ``split`` fills the processors once. The partials, written and read once, stay below a quarter of the input,
     unless that would leave processors idle.
     """
     block_n = min(max(next_power_of_2(p), 16), MOST_TILE)
     if interpreter:
         return GemmConfig(block_n, block_n, 128, split=max(1, min(2, rows // 128)))
-    block_k = (128 if block_n <= 64 else 64) * 2 // max(itemsize, 2)
     tiles = gram_tiles(p, block_n)
-    steps = ceil_div(rows, block_k)
+    # Registers decide: the steps that do not spill beside two accumulators, and the programs that an SM then holds.
+    block_k = (64 if tiles == 1 else 32) * 2 // max(itemsize, 2)
+    programs = (3 if block_n <= 64 else 1) * sm_count
     affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
-    waves = max(1, min(2, affordable * tiles // sm_count))
-    split = max(1, min(waves * sm_count // tiles, steps // MIN_STEPS))
-    return GemmConfig(block_n, block_n, block_k, num_warps=8 if block_n > 64 else 4, num_stages=4, split=split)
+    split = min(max(affordable, sm_count // tiles), programs // tiles, ceil_div(rows, block_k) // MIN_STEPS)
+    warps = 8 if block_n > 64 else 4
+    stages = 4 if tiles == 1 else 6
+    return GemmConfig(block_n, block_n, block_k, num_warps=warps, num_stages=stages, split=max(1, split))
 
 
 def gram_finalize_config(p: int, *, interpreter: bool = False) -> GemmConfig:

@@ -1,0 +1,374 @@
+"""The Gram route against autograd in float64: a 1x1 convolution with BatchNorm whose output never exists."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fused_resnet.kernels.gram as kernels
+from fused_resnet.launch import gram as launcher
+from fused_resnet.launch.gram import GramGrads, gram, gram_backward, gram_finalize
+from fused_resnet.launch.record import record_launches
+from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.gram import gram_config, gram_tiles
+
+SMALL = GemmConfig(16, 16, 16, num_warps=4, split=3)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5}
+EPS = 1e-5
+# (N, H, W), p, q
+SIZES = [((2, 5, 7), 20, 80), ((2, 4, 4), 16, 64), ((3, 6, 6), 64, 256), ((2, 3, 3), 33, 50), ((1, 2, 5), 5, 3)]
+
+
+def accumulation(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nhwc(*shape, dtype=torch.float64, device="cpu"):
+    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
+
+
+def matrix(image):
+    """Logical NCHW as float64 [M, C]."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2).double()
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+class Case(NamedTuple):
+    """The operands of a block's last convolution: everything rounded to the activations' dtype."""
+
+    x: torch.Tensor
+    input_affine: torch.Tensor
+    weight: torch.Tensor
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    dz: torch.Tensor
+
+    @property
+    def a(self):
+        scale, shift = (row[None, :, None, None] for row in self.input_affine)
+        return torch.relu(self.x.to(scale.dtype) * scale + shift).to(self.x.dtype)
+
+
+def make_case(size, p, q, dtype, device, dz_mean=0.0, offset=0.0):
+    n, h, w = size
+    acc = accumulation(dtype)
+    weight = (nhwc(q, p, 1, 1) * (2 / q) ** 0.5).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
+    dz = (nhwc(n, q, h, w) + dz_mean).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
+    input_affine = torch.stack([1 + 0.3 * torch.randn(p), 0.5 * torch.randn(p) + offset]).to(acc).to(device)
+    gamma, beta = (1 + 0.5 * torch.randn(q)).to(acc).to(device), torch.randn(q).to(acc).to(device)
+    return Case(nhwc(n, p, h, w, dtype=dtype, device=device), input_affine, weight, gamma, beta, dz)
+
+
+def statistics(case, config=SMALL, **running):
+    g, c = gram(case.x, case.input_affine, config)
+    arguments = {"running_mean": None, "running_var": None, "momentum": 0.1, **running}
+    rows = case.x.numel() // case.x.shape[1]
+    return gram_finalize(g, c, rows, case.weight, gamma=case.gamma, beta=case.beta, eps=EPS, **arguments)
+
+
+def gradients(case, config=SMALL, out_dtype=None):
+    stats, v, m = statistics(case, config)
+    acc = accumulation(case.x.dtype)
+    dz, a = matrix(case.dz), matrix(case.a)
+    t, sum_dz = (dz.T @ a).to(acc), dz.sum(0).to(acc)
+    return gram_backward(t, v, m, stats, case.weight, sum_dz, len(dz), out_dtype=out_dtype or acc)
+
+
+def input_gradient(case, grads):
+    """da as gram_dgrad forms it, in float64."""
+    aw, p = grads.aw.double(), grads.p.double()
+    if grads.scales is not None:
+        aw, p = aw / grads.scales[0].double(), p / grads.scales[1].double()
+    return matrix(case.dz) @ aw + matrix(case.a) @ p + grads.bias.double()
+
+
+def reference(case):
+    """(da [M, p], dW [q, p], dgamma, dbeta) by autograd in float64, from the same rounded operands."""
+    a = matrix(case.a).requires_grad_()
+    weight = case.weight.double().flatten(1).requires_grad_()
+    gamma, beta = (t.double().requires_grad_() for t in (case.gamma, case.beta))
+    z = torch.nn.functional.batch_norm(a @ weight.T, None, None, gamma, beta, training=True, eps=EPS)
+    return torch.autograd.grad(z, (a, weight, gamma, beta), matrix(case.dz))
+
+
+def check_gradients(case, tolerance, operand_tolerance=None, config=SMALL):
+    """``operand_tolerance``: of da, whose matrices are rounded to the activations' dtype."""
+    grads = gradients(case, config)
+    da, dw, dgamma, dbeta = reference(case)
+    assert grads.dw.shape == case.weight.shape and grads.dw.is_contiguous(memory_format=torch.channels_last)
+    assert relative(grads.dw.flatten(1), dw) < tolerance
+    assert relative(grads.dgamma, dgamma) < tolerance
+    assert relative(grads.dbeta, dbeta) < tolerance
+    assert relative(input_gradient(case, grads), da) < (operand_tolerance or tolerance)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("size", "p", "q"), SIZES, ids=str)
+def test_gram_is_the_product_of_the_rounded_input(size, p, q, dtype, device):
+    case = make_case(size, p, q, dtype, device)
+    g, c = gram(case.x, case.input_affine, SMALL)
+    a = matrix(case.a)
+    assert g.dtype == c.dtype == accumulation(dtype)
+    assert relative(g, a.T @ a) < EXACT[dtype] and relative(c, a.sum(0)) < EXACT[dtype]
+    assert relative(g, g.T.double()) < 1e-6
+
+
+@pytest.mark.parametrize("config", [GemmConfig(32, 32, 16, split=1), GemmConfig(16, 16, 32, split=64)], ids=str)
+def test_gram_without_prologue(config, device):
+    x = nhwc(2, 40, 7, 9, device=device)
+    g, c = gram(x, None, config)
+    a = matrix(x)
+    assert relative(g, a.T @ a) < 1e-14 and relative(c, a.sum(0)) < 1e-13
+
+
+def test_gram_over_several_runs_of_the_accumulator(device):
+    case = make_case((3, 20, 21), 20, 8, torch.float32, device)
+    g, c = gram(case.x, case.input_affine, GemmConfig(16, 16, 64, split=1))
+    a = matrix(case.a)
+    assert relative(g, a.T @ a) < 1e-6 and relative(c, a.sum(0)) < 1e-6
+
+
+def test_gram_is_reproducible(device):
+    case = make_case((2, 9, 9), 33, 8, torch.float32, device)
+    first = gram(case.x, case.input_affine, SMALL)
+    for again in (gram(case.x, case.input_affine, SMALL) for _ in range(2)):
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("size", "p", "q"), SIZES, ids=str)
+def test_statistics_and_gradients_are_those_of_autograd(size, p, q, dtype, device):
+    case = make_case(size, p, q, dtype, device)
+    check_statistics(case)
+    check_gradients(case, EXACT[dtype], {torch.float16: 1e-2}.get(dtype))
+
+
+def check_statistics(case, tolerance=None):
+    stats, v, m = statistics(case)
+    tolerance = tolerance or EXACT[case.x.dtype]
+    a, weight = matrix(case.a), case.weight.double().flatten(1)
+    y = a @ weight.T
+    var = y.var(0, unbiased=False)
+    rstd = (var + EPS) ** -0.5
+    assert relative(m, a.mean(0)) < tolerance
+    assert relative(v, weight @ a.T.cov(correction=0)) < tolerance
+    mean = y.mean(0)
+    scale = case.gamma.double() * rstd
+    for row, expected in zip(stats, (mean, rstd, scale, case.beta.double() - mean * scale), strict=True):
+        assert relative(row, expected) < tolerance
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, -0.3, None])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_running_statistics_are_those_of_batch_norm(momentum, dtype, device):
+    bn = torch.nn.BatchNorm1d(24, momentum=momentum).double()
+    kept = accumulation(dtype)
+    running_mean, running_var = torch.zeros(24, dtype=kept, device=device), torch.ones(24, dtype=kept, device=device)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(2):
+        case = make_case((2, 5, 5), 20, 24, dtype, device)
+        bn((matrix(case.a) @ case.weight.double().flatten(1).T).cpu())
+        counter += 1
+        statistics(
+            case,
+            running_mean=running_mean,
+            running_var=running_var,
+            momentum=0.0 if momentum is None else momentum,
+            counter=counter if momentum is None else None,
+        )
+    close = {"rtol": EXACT[dtype], "atol": EXACT[dtype]}
+    torch.testing.assert_close(running_mean.double().cpu(), bn.running_mean, **close)
+    torch.testing.assert_close(running_var.double().cpu(), bn.running_var, **close)
+
+
+def test_without_parameters_and_one_row(device):
+    case = make_case((1, 1, 1), 20, 24, torch.float32, device)
+    g, c = gram(case.x, case.input_affine, SMALL)
+    running_var = torch.zeros(24, device=device)
+    arguments = {"gamma": None, "beta": None, "running_mean": None, "running_var": running_var}
+    stats, v, _ = gram_finalize(g, c, 1, case.weight, momentum=1.0, eps=EPS, **arguments)
+    y = matrix(case.a) @ case.weight.double().flatten(1).T
+    # One row has no variance; what float32 leaves of it is small, never negative.
+    assert relative(stats[0], y[0]) < 1e-6
+    assert (running_var >= 0).all() and (running_var < 1e-6).all() and v.abs().max() < 1e-5
+    assert torch.equal(stats[1], stats[2]) and stats.isfinite().all()
+
+
+# ----- numbers that frighten -----
+
+
+@pytest.mark.parametrize("dz_mean", [3, 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_gradient_with_a_mean(dz_mean, dtype, device):
+    """As average pooling makes it. The mean cancels in da: the bias must match the matrices as rounded."""
+    case = make_case((3, 8, 8), 20, 80, dtype, device, dz_mean=dz_mean)
+    plain = make_case((3, 8, 8), 20, 80, dtype, device)
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3}[dtype]
+    check_gradients(plain, EXACT[dtype], rounding)
+    check_gradients(case, 30 * EXACT[dtype], rounding if dtype == torch.float16 else 30 * rounding)
+
+
+@pytest.mark.parametrize("offset", [10, 100])
+def test_input_far_from_zero(offset, device):
+    """abs(mean) / std of the input: G cancels its square, in whatever float32 holds."""
+    case = make_case((3, 8, 8), 20, 80, torch.float32, device, offset=offset)
+    check_statistics(case, tolerance=2e-6 * offset**2)
+    check_gradients(make_case((3, 8, 8), 20, 80, torch.float64, device, offset=offset), 1e-12 * offset**2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_odd_channels(dtype, device):
+    """gamma 0, negative and tiny; dead and constant input channels; a filter of zeros; gradients along xhat."""
+    case = make_case((2, 6, 6), 20, 40, dtype, device)
+    case.gamma[0], case.gamma[1], case.gamma[2] = 0.0, -1.5, 1e-5
+    case.input_affine[:, 3] = 0.0  # dead
+    case.input_affine[0, 4], case.input_affine[1, 4] = 0.0, 2.0  # constant
+    case.weight[5] = 0.0
+    y = matrix(case.a) @ case.weight.double().flatten(1).T
+    xhat = (y - y.mean(0)) / (y.var(0, unbiased=False) + EPS).sqrt()
+    along = xhat.view(2, 6, 6, 40).permute(0, 3, 1, 2).to(dtype)
+    case.dz[:, 7:] = along[:, 7:]
+    check_statistics(case)
+    check_gradients(case, 10 * EXACT[dtype], {torch.float16: 2e-2}.get(dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 2.0**16])
+@pytest.mark.parametrize("gamma", [1e-4, 1.0])
+def test_float16_does_not_lose_its_exponents(scale, gamma, device):
+    """P is 1e-7 and A∘W subnormal for a small gamma; a loss scale makes T large."""
+    case = make_case((2, 7, 7), 20, 80, torch.float16, device)
+    case = case._replace(gamma=case.gamma * gamma, dz=(case.dz.double() * scale / 64).half())
+    grads = gradients(case)
+    assert grads.scales.shape == (2,) and all(torch.frexp(grads.scales)[0] == 0.5)
+    assert grads.aw.isfinite().all() and grads.p.isfinite().all()
+    assert (grads.p.abs() > 2**-14).float().mean() > 0.9
+    assert (grads.aw.abs() > 2**-14).float().mean() > 0.9
+    da, dw, dgamma, _ = reference(case)
+    assert relative(grads.dw.flatten(1), dw) < 1e-5 and relative(grads.dgamma, dgamma) < 1e-5
+    assert relative(input_gradient(case, grads), da) < 5e-3
+
+
+def test_nan_is_seen(device):
+    case = make_case((2, 5, 5), 20, 24, torch.float32, device)
+    case.x[0, 3, 1, 1] = float("nan")
+    stats, _, m = statistics(case)
+    assert m[3].isnan() and m[torch.arange(20) != 3].isfinite().all()
+    assert stats.isnan().all()  # every filter reads that channel, as in eager
+    assert gradients(case).dw.isnan().all()
+
+
+# ----- plans, records, errors -----
+
+
+@pytest.mark.parametrize("sm_count", [108, 132])
+@pytest.mark.parametrize(("p", "pixels"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_plan_has_a_small_workspace_and_no_idle_processors(p, pixels, sm_count):
+    rows = 256 * pixels**2
+    config = gram_config(rows, p, sm_count)
+    tiles = gram_tiles(p, config.block_n)
+    workspace = 4 * config.split * tiles * config.block_n**2
+    assert 0.9 * sm_count < config.split * tiles
+    assert workspace <= 2 * rows * p / 4 or config.split * tiles <= sm_count
+
+
+def test_plan_of_few_rows():
+    assert gram_config(1, 64).split == 1
+    assert gram_config(1, 3).block_n == 16
+    assert gram_config(100, 64, interpreter=True).split == 1
+
+
+def test_meta_tensors_are_recorded_alone():
+    x = torch.empty((2, 64, 5, 7), device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight = torch.empty((256, 64, 1, 1), device="meta", dtype=torch.bfloat16)
+    none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
+    with record_launches() as launches:
+        g, c = gram(x, torch.empty((2, 64), device="meta"), gram_config(70, 64))
+        stats, v, m = gram_finalize(g, c, 70, weight, momentum=0.1, eps=EPS, **none)
+        t = torch.empty((256, 64, 1, 1), device="meta")
+        out = gram_backward(t, v, m, stats, weight, stats[0], 70, out_dtype=torch.bfloat16)
+    assert out.dw.dtype == out.aw.dtype == out.p.dtype == torch.bfloat16 and out.scales is None
+    assert isinstance(out, GramGrads) and out.bias.shape == (64,)
+    names = ["gram", "gram_reduce", "gram_finalize", "gram_backward", "gram_product", "gram_bias"]
+    assert [launch.kernel for launch in launches] == [f"{name}_kernel" for name in names]
+    assert launches[0].flops == 2 * 70 * 64 * 64
+    assert launches[0].bytes == 70 * 64 * 2 + 2 * 64 * 4 + (64 * 64 + 64) * 4
+
+
+def test_errors(device):
+    x = nhwc(2, 20, 3, 3, device=device)
+    with pytest.raises(ValueError, match="square tiles"):
+        gram(x, None, GemmConfig(16, 32, 16))
+    with pytest.raises(ValueError, match="channels_last"):
+        gram(x.contiguous(), None, SMALL)
+    with pytest.raises(ValueError, match="rows"):
+        gram(x[:0], None, SMALL)
+    case = make_case((2, 3, 3), 20, 8, torch.float64, device)
+    g, c = gram(x, None, SMALL)
+    arguments = {"beta": None, "running_mean": None, "running_var": None, "momentum": 0.1, "eps": EPS}
+    with pytest.raises(ValueError, match="gamma must have shape"):
+        gram_finalize(g, c, 18, case.weight, gamma=torch.ones(7, device=device), **arguments)
+    with pytest.raises(ValueError, match="0 rows"):
+        gram_finalize(g, c, 0, case.weight, gamma=None, **arguments)
+    stats, v, m = statistics(case)
+    with pytest.raises(ValueError, match="t must have shape"):
+        gram_backward(v[:3], v, m, stats, case.weight, stats[0], 18, out_dtype=torch.float64)
+
+
+# ----- planted errors -----
+
+PLANTED = {
+    "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
+    "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
+    "an accumulator counted twice": ("            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base", "        base"),
+    "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
+    "no covariance": ("- m_i[:, None] * m_j[None, :]).to(ACC)", ").to(ACC)"),
+    "biased running variance": ("(var * unbiased).to(ACC)", "var"),
+    "T not centred": ("along += tl.sum(w * centred, axis=1)", "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)"),
+    "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
+    "the wrong sign of P": ("slope = -coeff_a", "slope = coeff_a"),
+    "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
+    "no bias of dz": ("-sum_dz - sum_a", "-sum_a"),
+    "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
+    "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
+    old, new = PLANTED[name]
+    source = Path(kernels.__file__).read_text()
+    assert old in source
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("fused_resnet.kernels.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    for kernel in [name for name in dir(launcher) if name.endswith("_kernel")]:
+        monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))
+    with pytest.raises(AssertionError):
+        check_everything(device)
+
+
+def check_everything(device):
+    """The checks that the planted errors run: several tiles and runs, rows that do not fill a step, a mean of dz."""
+    case = make_case((3, 15, 13), 20, 40, torch.float32, device, dz_mean=3.0)
+    check_statistics(case)
+    check_gradients(case, 1e-5, 3e-5, config=GemmConfig(16, 16, 64, split=1))
+    case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
+    check_gradients(case, 3e-5, 5e-3)
+    running_var = torch.zeros(40, device=device)
+    statistics(case, running_var=running_var, momentum=1.0)
+    y = matrix(case.a) @ case.weight.double().flatten(1).T
+    assert relative(running_var, y.var(0)) < 1e-5
+
+
+def test_the_checks_pass_without_a_planted_error(device):
+    check_everything(device)
