@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -109,8 +110,8 @@ def bn_add_relu(
     if bn.training:
         check_count(tuple(y.shape))
     request = _request(route)
-    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), y.numel(), request.route)
-    if not _take(sm_count > 0, reason, request, "bn_add_relu"):
+    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), index(y.numel()), request.route)
+    if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
         return _reference_bn_act(y, _count(bn), residual, relu)
     counted = _count(bn)
     channels_last = _is_channels_last(y)
@@ -135,10 +136,10 @@ def stem(
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route)
     keep = _needs_grad(x, (conv, bn))
-    text, reason = planner.chain_plan_text(
+    text, planned, reason = planner.chain_plan_text(
         x.device,
         _dtype_name(dtype),
-        tuple(x.shape),
+        _size(x),
         (_geometry(conv),),
         None,
         "none",
@@ -147,7 +148,7 @@ def stem(
         keep,
         request.route,
     )
-    if not _take(bool(text), reason, request, "stem") or min(shape[2:]) < 1:
+    if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
         return torch.nn.functional.max_pool2d(_reference_layer(x, conv, _count(bn), None, True), 3, 2, 1)
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     counted = _count(bn)
@@ -190,10 +191,10 @@ def _chain(
     if len(training) > 1:
         return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
     request = _request(route)
-    text, reason = planner.chain_plan_text(
+    text, planned, reason = planner.chain_plan_text(
         x.device,
         _dtype_name(dtype),
-        tuple(x.shape),
+        _size(x),
         tuple(_geometry(conv) for conv, _ in layers),
         _geometry(projection[0]) if projection else None,
         kind,
@@ -202,7 +203,7 @@ def _chain(
         _needs_grad(x, *everything) or (residual is not None and residual.requires_grad and torch.is_grad_enabled()),
         request.route,
     )
-    if not _take(bool(text), reason, request, "a chain of convolutions"):
+    if not _take(planned, reason, request, "a chain of convolutions"):
         return _reference_chain(x, layers, projection, residual, kind, relu)
 
     channels_last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv, _ in everything)
@@ -291,6 +292,12 @@ def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _size(x: Tensor) -> tuple[int, int, int, int]:
+    """The shape as plain numbers: plans belong to a size, so a compiler that traces this specialises on it."""
+    n, c, h, w = x.shape
+    return index(n), index(c), index(h), index(w)
+
+
 def _geometry(conv: Conv) -> tuple[int, int, int, Pair, Pair, Pair, int]:
     co, _, r, s = conv.weight.shape
     return int(co), int(r), int(s), conv.stride, conv.padding, conv.dilation, conv.groups
@@ -309,13 +316,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _is_channels_last(t: Tensor) -> bool:
     """Whether ``t``'s strides, those of a slice too, order its memory as NHWC: what PyTorch's own operations ask."""
-    if t.stride(1) == 0 or t.numel() == 0:
+    nhwc, nchw = t.is_contiguous(memory_format=torch.channels_last), t.is_contiguous()
+    if nhwc != nchw or torch.compiler.is_compiling():  # Dynamo cannot tell the strides of a dynamic shape
+        return nhwc and not nchw
+    strides, least = t.stride(), 0
+    if strides[1] == 0 or t.numel() == 0:
         return False
-    least = 0
     for dim in (1, 3, 2, 0):
-        if t.stride(dim) < least or (dim == 0 and least == t.stride(1)):
+        if strides[dim] < least or (dim == 0 and least == strides[1]):
             return False
-        least = t.stride(dim) * t.shape[dim]
+        least = strides[dim] * t.shape[dim]
     return True
 
 
@@ -372,12 +382,12 @@ def _request(route: str | None) -> RouteRequest:
     return requested() if route is None else RouteRequest(check_route(route), strict=True)
 
 
-def _take(fused: bool, reason: str, request: RouteRequest, operation: str) -> bool:
-    """Whether a fused plan runs. If not, raises where one was asked for strictly, and otherwise says why, once."""
-    if fused:
-        return True
-    if request.strict and request.route not in ("auto", "reference"):
+def _take(planned: str, reason: str, request: RouteRequest, operation: str) -> bool:
+    """Whether a fused plan runs. Raises where another was asked for strictly; says once why plain PyTorch runs."""
+    if request.strict and request.route not in ("auto", planned):
         raise RouteUnavailableError(f"{operation} has no route {request.route!r} here: {reason}")
+    if planned != "reference":
+        return True
     if request.route != "reference" and not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
         warnings.warn(f"fused_resnet runs plain PyTorch: {reason}", stacklevel=4)

@@ -15,9 +15,8 @@ import torch
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
-from .layer import Layer
+from .layer import Layer, LayerGrad, Needs
 from .library import define, refuse_second_derivative
-from .staged_backward import LayerGrad, Needs
 from .staged_forward import Saved
 
 Tensor = torch.Tensor
@@ -39,12 +38,14 @@ FORWARD_SCHEMA = (
     "chain_forward(str plan, float[] momenta, float[] epsilons, Tensor x, Tensor? residual, "
     + ", ".join(_slot_schema(i) for i in range(SLOTS))
     + ") -> ("
-    + ", ".join(["Tensor"] * (1 + 2 * SLOTS))
+    + ", ".join(["Tensor"] * (2 + 2 * SLOTS))
     + ")"
 )
 BACKWARD_SCHEMA = (
     "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor? out, Tensor?[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, Tensor[] ys, Tensor[] stats) -> (" + ", ".join(["Tensor"] * (2 + 3 * SLOTS)) + ")"
+    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean) -> ("
+    + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
+    + ")"
 )
 
 
@@ -93,7 +94,8 @@ def _chain_forward(
     if decoded.problem.backward:
         for slot, y, s in zip(slots, saved.ys, saved.stats, strict=True):
             ys[slot], stats[slot] = _none(x) if y is None else y, s
-    return saved.out, *ys, *stats
+    keeps_mean = decoded.problem.backward and saved.input_mean is not None
+    return saved.out, *ys, *stats, saved.input_mean if keeps_mean else _none(x)  # type: ignore[arg-type, return-value]
 
 
 def _chain_forward_fake(
@@ -104,7 +106,8 @@ def _chain_forward_fake(
     residual: Tensor | None,
     *tensors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    problem = decode(plan).problem
+    decoded = decode(plan)
+    problem = decoded.problem
     assert problem is not None
     last = problem.convs[-1]
     n = x.shape[0]
@@ -116,7 +119,11 @@ def _chain_forward_fake(
             stats[slot] = torch.empty((4, conv.Co), dtype=dtype, device=x.device)
             if problem.batch_statistics or slot < len(problem.convs) - 1:
                 ys[slot] = _image(x, n, conv.Co, conv.P, conv.Q)
-    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats
+    input_mean = _none(x)
+    if decoded.gram is not None and problem.backward:
+        ys[len(problem.convs) - 1] = torch.empty((last.Co, last.Ci), dtype=dtype, device=x.device)
+        input_mean = torch.empty((last.Ci,), dtype=dtype, device=x.device)
+    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats, input_mean
 
 
 # ---------------------------------------------------------------- backward
@@ -133,12 +140,14 @@ def _chain_backward(
     betas: Sequence[Tensor | None],
     ys: Sequence[Tensor],
     stats: Sequence[Tensor],
+    input_mean: Tensor,
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
     slots = _slots(decoded.problem)
     layers = [Layer(weights[i], gammas[i], betas[i], None, None, None, 0.0, 0.0) for i in slots]  # type: ignore[arg-type]
-    saved = Saved(dout if out is None else out, [_or_none(ys[i]) for i in slots], [stats[i] for i in slots])
+    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], _or_none(input_mean))
+    saved = Saved(dout if out is None else out, *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
     none = _none(x)
@@ -170,6 +179,7 @@ def _chain_backward_fake(
     betas: Sequence[Tensor | None],
     ys: Sequence[Tensor],
     stats: Sequence[Tensor],
+    input_mean: Tensor,
 ) -> tuple[Tensor, ...]:
     result = [
         torch.empty_like(x, memory_format=torch.channels_last) if needs[0] else _none(x),
@@ -211,7 +221,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, out, *rest = ctx.saved_tensors
+        x, out, *rest, input_mean = ctx.saved_tensors
         weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
         wants = ctx.needs_input_grad
         needs = [wants[4], wants[5]]
@@ -220,7 +230,7 @@ class _Chain(torch.autograd.Function):
             needs += [wants[first], wants[first + 1] or wants[first + 2]]
         dout = dout.contiguous(memory_format=torch.channels_last)
         dx, dresidual, *flat = refuse_second_derivative(
-            chain_backward, ctx.plan, needs, dout, x, out, weights, gammas, betas, ys, stats
+            chain_backward, ctx.plan, needs, dout, x, out, weights, gammas, betas, ys, stats, input_mean
         )
         result: list[Tensor | None] = [
             None,

@@ -30,6 +30,23 @@ class Layer(NamedTuple):
     eps: float
 
 
+class Needs(NamedTuple):
+    """Which gradients of one layer are asked for."""
+
+    weight: bool
+    bn: bool
+
+    @property
+    def any(self) -> bool:
+        return self.weight or self.bn
+
+
+class LayerGrad(NamedTuple):
+    weight: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+
 class Passes:
     """The bandwidth-bound kernels with the configurations that the plan's target wants."""
 

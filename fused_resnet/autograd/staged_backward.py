@@ -130,15 +130,13 @@ def backward(
     dx = None
     lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
     if gram and lowest <= last:
-        below, below_stats = saved.ys[last - 1], saved.stats[last - 1]
-        covariance, input_mean = saved.ys[last], saved.input_mean
-        assert below is not None and covariance is not None and input_mean is not None
+        y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
+        assert y is not None and covariance is not None and input_mean is not None
         kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
         grads[last], dz, tiles = gram_route.backward(
-            plan, layers[last], dz, tiles, kept, below, below_stats, needs[last]
+            plan, layers[last], dz, tiles, kept, y, saved.stats[last - 1], needs[last]
         )
-        last -= 1
-    for i in range(last, lowest - 1, -1):
+    for i in range(last - 1 if gram else last, lowest - 1, -1):
         below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
         assert below is not None
         step = _Step(

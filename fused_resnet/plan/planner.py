@@ -99,17 +99,17 @@ def chain_plan_text(
     batch_statistics: bool,
     backward: bool,
     route: str,
-) -> tuple[str, str]:
-    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W], or "" for the reference route; and the reason.
+) -> tuple[str, str, str]:
+    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" on the reference route), its route, its reason.
 
     Constants in, constants out: a compiler that traces the caller need not look inside.
     """
     device = torch.device(device)
     if route == "reference":
-        return "", "asked for"
+        return "", "reference", "asked for"
     found = current(device)
     if found is None:
-        return "", why_not(device) or "no target"
+        return "", "reference", why_not(device) or "no target"
     return _chain_text(found, dtype, shape, convs, projection, residual, relu, batch_statistics, backward, route)
 
 
@@ -125,10 +125,10 @@ def _chain_text(
     batch_statistics: bool,
     backward: bool,
     route: str,
-) -> tuple[str, str]:
+) -> tuple[str, str, str]:
     problem = chain_problem(dtype, shape, convs, projection, residual, relu, batch_statistics, backward)
     plan = plan_chain(problem, found, route)
-    return ("" if plan.route == "reference" else plan.encode()), plan.reason
+    return ("" if plan.route == "reference" else plan.encode()), plan.route, plan.reason
 
 
 def chain_problem(
@@ -229,6 +229,14 @@ def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfi
         )
     stages = 2 if problem.taps * reduced <= 128 else 3
     return GemmConfig(128, block_n, block_k, num_warps=8 if block_n >= 128 else 4, num_stages=stages)
+
+
+def _stem_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
+    """Of stem_conv: steps of whole filter rows forward; backward one tile of all runs, so that dy is read once."""
+    if kind == "fprop":
+        return GemmConfig(128, _tile(problem.Co), 2 * problem.run, num_warps=4, num_stages=3)
+    block_n = min(256, _power(problem.R * problem.run, 256))
+    return GemmConfig(64, block_n, 64, num_warps=8, num_stages=3, split=2 * target.sm_count)
 
 
 def _tile(columns: int) -> int:

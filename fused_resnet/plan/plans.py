@@ -35,6 +35,16 @@ class ConvPlan:
 
 
 @dataclass(frozen=True)
+class GramPlan:
+    """The configurations of a chain's last 1x1 convolution where its output never exists."""
+
+    gram: GemmConfig
+    fprop: GemmConfig
+    wgrad: GemmConfig
+    dgrad: GemmConfig
+
+
+@dataclass(frozen=True)
 class ChainProblem:
     """conv -> BN -> ReLU, repeated; the last one with an optional residual before its ReLU.
 
@@ -55,7 +65,7 @@ class ChainProblem:
 class Plan:
     """A route with its reason; where the route is not "reference", also who runs each convolution.
 
-    ``sm_count`` and ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
+    ``gram`` is there on the route "gram" and stands for the last convolution's part of ``convs``. ``sm_count`` and ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
     """
 
     route: str
@@ -63,6 +73,7 @@ class Plan:
     problem: ChainProblem | None = None
     convs: tuple[ConvPlan, ...] = ()
     projection: ConvPlan | None = None
+    gram: GramPlan | None = None
     sm_count: int = 132
     interpreter: bool = False
 
@@ -96,4 +107,6 @@ def decode(text: str) -> Plan:
         fields["problem"] = ChainProblem(**{**problem, "convs": convs, "projection": projection})
     fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
     fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
+    if fields["gram"]:
+        fields["gram"] = GramPlan(**{name: GemmConfig(**config) for name, config in fields["gram"].items()})
     return Plan(**fields)

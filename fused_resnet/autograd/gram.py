@@ -1,0 +1,102 @@
+"""The Gram route: a chain's last 1x1 conv, its BN, residual and ReLU, without the conv's output existing at any time.
+
+Forward, the statistics follow from the Gram matrix of the conv's input before the conv runs, and conv, BN, residual and
+ReLU are one GEMM. Backward needs T = dz^T a, the matrices kept from forward, and one GEMM over [dz | a]. The identities
+are in kernels/gram.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..launch.bn_act_grad import bn_grad_finalize
+from ..launch.conv_fprop import conv_fprop
+from ..launch.conv_wgrad import conv_wgrad
+from ..launch.gram import gram, gram_backward, gram_finalize
+from ..launch.gram_dgrad import gram_dgrad
+from ..plan.plans import Plan
+from .layer import Layer, LayerGrad, Needs, operand
+
+Tensor = torch.Tensor
+
+
+class Output(NamedTuple):
+    """``covariance``: W Cov [q, p]; ``input_mean`` [p]; ``stats`` [4, q] of the conv output that was never written."""
+
+    out: Tensor
+    stats: Tensor
+    covariance: Tensor
+    input_mean: Tensor
+
+
+def forward(
+    plan: Plan, layer: Layer, y: Tensor, y_stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None
+) -> Output:
+    """out = relu(bn(conv(a)) + residual) of the layer behind ``y``, a = relu(bn(y)); a raw projection has its own BN."""
+    assert plan.gram is not None and plan.problem is not None
+    problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
+    products, sums = gram(y, y_stats[2:], plan.gram.gram)
+    stats, covariance, input_mean = gram_finalize(
+        products,
+        sums,
+        problem.M,
+        weight,
+        gamma=layer.gamma,
+        beta=layer.beta,
+        running_mean=layer.running_mean,
+        running_var=layer.running_var,
+        momentum=layer.momentum,
+        eps=layer.eps,
+        counter=layer.counter,
+    )
+    out, _ = conv_fprop(
+        y,
+        weight,
+        problem,
+        plan.gram.fprop,
+        input_affine=y_stats[2:],
+        output_affine=stats[2:],
+        residual=residual,
+        residual_affine=None if residual_stats is None else residual_stats[2:],
+        relu=plan.problem.relu,
+    )
+    return Output(out, stats, covariance, input_mean)
+
+
+def backward(
+    plan: Plan,
+    layer: Layer,
+    dz: Tensor,
+    tiles: Tensor,
+    kept: Output,
+    y: Tensor,
+    y_stats: Tensor,
+    needs: Needs,
+) -> tuple[LayerGrad, Tensor, Tensor]:
+    """The layer's gradients, dz of the layer below behind its ReLU's mask, and the tiles of that one's reductions.
+
+    ``dz`` is the gradient behind the last ReLU, ``tiles`` hold its sums; ``y`` and ``y_stats`` are the layer's below.
+    """
+    assert plan.gram is not None
+    problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
+    _, sum_dz, _ = bn_grad_finalize(tiles, kept.stats, layer.gamma, problem.M)
+    products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
+    small = gram_backward(
+        products,
+        kept.covariance,
+        kept.input_mean,
+        kept.stats,
+        weight,
+        sum_dz,
+        problem.M,
+        out_dtype=layer.weight.dtype,
+    )
+    dz_below, tiles_below = gram_dgrad(
+        dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales
+    )
+    dw, dgamma, dbeta = (
+        t if wanted else None for t, wanted in zip(small[:3], (needs.weight, needs.bn, needs.bn), strict=True)
+    )
+    return LayerGrad(dw, dgamma, dbeta), dz_below, tiles_below
