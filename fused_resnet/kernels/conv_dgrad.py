@@ -6,9 +6,8 @@
 Which taps a pixel meets depends on (h mod stride, w mod stride) = (ch, cw) alone, its class. With h = hc*stride +
 ch, tap r counts if stride divides ch + padding - r*dilation. Those taps are r = first + j*STEP, STEP =
 stride/gcd(stride, dilation), and they read p = hc + offset - j*dilation/gcd(stride, dilation): a convolution of
-stride 1 over dy. The class ch = (kh - padding) mod stride has the taps with r*dilation = kh (mod stride); kh = 0 has
-tap 0 and is the heaviest, so it comes first. A class without taps writes zero (and the residual). One launch does
-all classes.
+stride 1 over dy. The class ch = (kh - padding) mod stride has the taps with r*dilation = kh (mod stride). A class
+without taps writes zero (and the residual). One launch does all classes.
 
 Reads   dy, y [N*P*Q, Co], w [Co, R*S*Ci], coeffs [3, Co], mask_input [N*H*W, Ci], mask_stats [4, Ci], residual.
 Writes  dx [N*H*W, Ci], tiles [2, T, Ci]: of dx as stored, per M tile, sum dz and sum dz*(mask_input - mean).
@@ -90,26 +89,18 @@ def conv_dgrad_kernel(
     tile = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n
 
-    # Which class this tile belongs to, and its number within the class.
-    kh = 0
-    kw = 0
-    pid_m = tile
-    if not UNSTRIDED:
-        end = 0
-        for k in tl.static_range(STRIDE_H * STRIDE_W):
-            start = end
-            ch = (k // STRIDE_W + STRIDE_H - PADDING_H % STRIDE_H) % STRIDE_H
-            cw = (k % STRIDE_W + STRIDE_W - PADDING_W % STRIDE_W) % STRIDE_W
-            rows = N * ((H - ch + STRIDE_H - 1) // STRIDE_H) * ((W - cw + STRIDE_W - 1) // STRIDE_W)
-            end = start + tl.cdiv(rows, BLOCK_M)
-            kh = tl.where(tile >= start, k // STRIDE_W, kh)
-            kw = tl.where(tile >= start, k % STRIDE_W, kw)
-            pid_m = tl.where(tile >= start, tile - start, pid_m)
+    # Tiles of the same pixels of dy, one of each class, are neighbours: they find it in L2.
+    kh = tile % (STRIDE_H * STRIDE_W) // STRIDE_W
+    kw = tile % STRIDE_W
+    pid_m = tile // (STRIDE_H * STRIDE_W)
     ch, first_r, taps_r, offset_p = class_taps(kh, STRIDE_H, PADDING_H, DILATION_H, STEP_R, R)
     cw, first_s, taps_s, offset_q = class_taps(kw, STRIDE_W, PADDING_W, DILATION_W, STEP_S, S)
     Hc = (H - ch + STRIDE_H - 1) // STRIDE_H
     Wc = (W - cw + STRIDE_W - 1) // STRIDE_W
     M = N * Hc * Wc
+    if not UNSTRIDED:  # a class may have fewer tiles than another, and no pixel at all
+        Hc = tl.maximum(Hc, 1)
+        Wc = tl.maximum(Wc, 1)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,6 +121,8 @@ def conv_dgrad_kernel(
     w_ptrs = w_ptr + offs_k[:, None] * (R * S * Ci) + offs_n[None, :]
 
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
+    if not UNSTRIDED:
+        iterations = tl.where(pid_m * BLOCK_M < M, iterations, 0)
     taps_s = tl.maximum(taps_s, 1)  # a class without taps runs no iteration, and must not divide by zero either
     taps = tl.maximum(taps_r, 1) * taps_s
     if TRANSPOSED:  # what for: as in conv_fprop

@@ -60,7 +60,10 @@ def conv_dgrad(
         require_image(residual, (p.N, p.Ci, *size), dy, "residual")
 
     acc = accumulation_dtype(dy.dtype)
-    num_m = sum(triton.cdiv(p.N * h * w, config.block_m) for h, w in _class_sizes(p))
+    # Every parity class of input pixels has as many tiles as the largest, the first.
+    s_h, s_w = p.stride
+    largest = p.N * triton.cdiv(p.H, s_h) * triton.cdiv(p.W, s_w)
+    num_m = s_h * s_w * triton.cdiv(largest, config.block_m)
     num_n = triton.cdiv(p.Ci, config.block_n)
     dx = torch.empty((p.N, p.Ci, p.H, p.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     tiles = None if mask_input is None else torch.empty((2, num_m, p.Ci), dtype=acc, device=dy.device)
@@ -116,9 +119,3 @@ def conv_dgrad(
         BLOCK_K=config.block_k,
     )
     return dx, tiles
-
-
-def _class_sizes(problem: ConvProblem) -> list[Pair]:
-    """Height and width of each parity class of input pixels."""
-    (s_h, s_w), H, W = problem.stride, problem.H, problem.W
-    return [(triton.cdiv(H - ch, s_h), triton.cdiv(W - cw, s_w)) for ch in range(s_h) for cw in range(s_w)]
