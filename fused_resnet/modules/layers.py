@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .. import functional
 from ..reference import ConvBNReLU as PlainConvBNReLU
@@ -41,9 +40,6 @@ class BNAddReLU(nn.BatchNorm2d):
     """
 
     def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if isinstance(y, Proxy):
-            out = super().forward(y)
-            return nn.functional.relu(out if residual is None else out + residual)
         return functional.bn_add_relu(y, functional.batch_norm_of(self), residual)
 
 

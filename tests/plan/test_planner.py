@@ -1,0 +1,202 @@
+"""The planner: pure, with a reason for everything, and small enough to travel as a string."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fused_resnet.plan import planner, tables, target
+from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.plans import ChainProblem, Choice, Plan, decode
+from fused_resnet.plan.problem import ConvProblem
+from fused_resnet.plan.target import A100, H100, INTERPRETER, Target
+
+quick = pytest.mark.quick
+pytestmark = quick
+
+TARGETS = [H100, A100, INTERPRETER]
+GEOMETRIES = ((16, 1, 1, (1, 1), (0, 0), (1, 1), 1), (16, 3, 3, (2, 2), (1, 1), (1, 1), 1))
+PROJECTION = (16, 1, 1, (2, 2), (0, 0), (1, 1), 1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches() -> Any:
+    for cached in (planner.plan_conv, planner._chain_text):
+        cached.cache_clear()
+    yield
+    for cached in (planner.plan_conv, planner._chain_text):
+        cached.cache_clear()
+
+
+def problem(dtype: str = "float16", residual: str = "projection", **options: Any) -> ChainProblem:
+    flags = {"relu": True, "batch_statistics": True, "backward": True, **options}
+    shortcut = PROJECTION if residual == "projection" else None
+    return planner.chain_problem(dtype, (4, 32, 15, 14), GEOMETRIES, shortcut, residual, **flags)
+
+
+def test_shapes_follow_each_other() -> None:
+    found = problem()
+    first, second = found.convs
+    assert (first.N, first.H, first.W, first.Ci, first.Co) == (4, 15, 14, 32, 16)
+    assert (second.H, second.W, second.Ci, second.P, second.Q) == (15, 14, 16, 8, 7)
+    assert found.projection is not None and (found.projection.P, found.projection.Q) == (8, 7)
+
+
+@pytest.mark.parametrize("on", TARGETS, ids=lambda t: t.name)
+@pytest.mark.parametrize("residual", ["none", "identity", "given", "projection"])
+def test_a_plan_survives_the_string(on: Target, residual: str) -> None:
+    for flags in itertools.product([True, False], repeat=3):
+        wanted = dict(zip(("relu", "batch_statistics", "backward"), flags, strict=True))
+        plan = planner.plan_chain(problem(residual=residual, **wanted), on)
+        again = decode(plan.encode())
+        assert again == plan and hash(again) == hash(plan)
+        assert again.encode() == plan.encode()
+        assert decode(plan.encode()) is again  # decoding costs nothing in a step
+    empty = Plan("reference", "no reason")
+    assert decode(empty.encode()) == empty
+
+
+@pytest.mark.parametrize("on", TARGETS, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_choice_has_a_reason_and_a_configuration_that_fits(on: Target, dtype: str) -> None:
+    plan = planner.plan_chain(problem(dtype), on)
+    assert plan.route == "staged" and plan.reason
+    for conv in (*plan.convs, plan.projection):
+        assert conv is not None
+        for kind in tables.PASSES:
+            choice: Choice = getattr(conv, kind)
+            assert choice.reason and choice.source in ("fused", "vendor")
+            assert choice.fused == (choice.config is not None)
+            if choice.config is not None:
+                assert supports(conv.problem, kind, on, choice.config) == (True, "supported")
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype", "word"),
+    [
+        (INTERPRETER, "bfloat16", "bfloat16"),
+        (H100, "float64", "interpreter"),
+        (H100, "int64", "int64"),
+        (A100, "complex64", "complex64"),
+    ],
+)
+def test_dtypes_that_take_the_reference_route(on: Target, dtype: str, word: str) -> None:
+    plan = planner.plan_chain(problem(dtype), on)
+    assert plan.route == "reference" and word in plan.reason and not plan.convs
+    sm_count, _, reason = planner.pass_plan(torch.device("cpu"), "bfloat16", 4, "auto")
+    if target.interpreted():
+        assert sm_count == 0 and "bfloat16" in reason
+
+
+def test_the_reference_when_asked_for_and_for_an_empty_batch() -> None:
+    assert planner.plan_chain(problem(), H100, "reference") == Plan("reference", "asked for")
+    empty = replace(problem(), convs=tuple(replace(c, N=0) for c in problem().convs))
+    assert planner.plan_chain(empty, H100).reason == "the batch is empty"
+    assert planner.plan_chain(problem(), H100, "staged").reason.endswith("asked for")
+    assert planner.pass_plan(torch.device("cpu"), "float32", 4, "reference") == (0, False, "asked for")
+    if target.interpreted():
+        assert planner.pass_plan(torch.device("cpu"), "float32", 0, "auto") == (0, False, "the batch is empty")
+        assert planner.pass_plan(torch.device("cpu"), "float32", 4, "auto")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds", "word"),
+    [
+        ({"groups": 4}, tables.PASSES, "grouped"),
+        ({"R": 8, "S": 8, "padding": (4, 4)}, ("fprop", "dgrad"), "taps"),
+        ({"Ci": 8, "R": 3, "S": 3}, tables.PASSES, "input channels"),
+    ],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_vendor(change: dict, kinds: tuple[str, ...], word: str) -> None:
+    conv = replace(ConvProblem(4, 16, 16, 64, 64, dtype="float16"), **change)
+    plan = planner.plan_conv(conv, H100, first=False)
+    for kind in kinds:
+        choice = getattr(plan, kind)
+        assert choice.source == "vendor" and word in choice.reason
+
+
+def test_an_unmeasured_1x1_is_ours_and_a_wider_filter_the_vendors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "lookup", lambda *_: None)
+    point, wide = ConvProblem(4, 16, 16, 64, 64), ConvProblem(4, 16, 16, 64, 64, 3, 3, padding=(1, 1))
+    for kind in tables.PASSES:
+        assert getattr(planner.plan_conv(point, H100, first=True), kind).fused
+        assert not getattr(planner.plan_conv(wide, H100, first=True), kind).fused
+        assert getattr(planner.plan_conv(wide, INTERPRETER, first=True), kind).fused
+
+
+OURS = GemmConfig(64, 64, 32, num_warps=4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "source"),
+    [
+        (tables.Entry(OURS, 10.0, 8.0, 5.0, 1.0, "test"), "fused"),
+        (tables.Entry(OURS, 10.0, 4.0, 5.0, 1.0, "test"), "vendor"),
+        (tables.Entry(OURS, 10.0, None, 0.0, None, "test"), "fused"),
+        (tables.Entry(OURS, None, 4.0, 0.0, None, "test"), "vendor"),
+        (tables.Entry(None, None, 4.0, 0.0, None, "test"), "vendor"),
+    ],
+)
+@pytest.mark.parametrize("taps", [1, 3])
+def test_measurements_decide(entry: tables.Entry, source: str, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "lookup", lambda *_: entry)
+    conv = ConvProblem(4, 16, 16, 64, 64, taps, taps, padding=(taps // 2, taps // 2))
+    plan = planner.plan_conv(conv, H100, first=False)
+    for kind in tables.PASSES:
+        choice = getattr(plan, kind)
+        assert choice.source == source and "measured" in choice.reason
+        assert choice.config == (OURS if source == "fused" else None)
+    ours = planner.plan_conv(conv, INTERPRETER, first=False)
+    assert all(getattr(ours, kind).fused for kind in tables.PASSES)  # nothing was measured there
+
+
+def test_a_measured_configuration_that_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = tables.Entry(GemmConfig(256, 256, 256, num_stages=4), 1.0, 9.0, 0.0, None, "test")
+    monkeypatch.setattr(tables, "lookup", lambda *_: huge)
+    for taps, source in ((1, "fused"), (3, "vendor")):
+        plan = planner.plan_conv(ConvProblem(4, 16, 16, 64, 64, taps, taps), H100, first=False)
+        assert plan.fprop.source == source and plan.fprop.config != huge.ours
+
+
+def test_the_pass_that_is_looked_up_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(tables, "lookup", lambda _problem, name, _target: asked.append(name))
+    point, wide = ConvProblem(4, 16, 16, 64, 64), ConvProblem(4, 16, 16, 64, 64, 3, 3, padding=(1, 1))
+    for conv, first in itertools.product((point, wide), (True, False)):
+        planner.plan_conv(conv, H100, first=first)
+    assert asked == [
+        *("fprop+out", "dgrad+in", "wgrad+in"),
+        *("fprop+in+out", "dgrad+in+out", "wgrad+in"),
+        *("fprop+out", "dgrad", "wgrad"),
+        *("fprop+out", "dgrad+out", "wgrad"),
+    ]
+
+
+def test_planning_is_pure() -> None:
+    """The same question has the same answer, and asking touches no random number, no device and no setting."""
+    state = torch.get_rng_state()
+    arguments = (torch.device("cpu"), "float32", (2, 32, 9, 9), GEOMETRIES, None, "none", True, True, True, "auto")
+    first = planner.chain_plan_text(*arguments)
+    for cached in (planner.plan_conv, planner._chain_text):
+        cached.cache_clear()
+    assert planner.chain_plan_text(*arguments) == first
+    assert planner.plan_chain(problem(), H100) == planner.plan_chain(problem(), H100)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(AttributeError):
+        planner.plan_chain(problem(), H100).route = "reference"  # type: ignore[misc]
+
+
+def test_the_question_as_constants_has_the_chains_answer() -> None:
+    arguments = ("float32", (2, 32, 9, 9), GEOMETRIES, PROJECTION, "projection", True, False, True)
+    text, reason = planner.chain_plan_text(torch.device("cpu"), *arguments, "auto")
+    if not target.interpreted():
+        assert text == "" and "GPU" in reason
+        return
+    assert decode(text) == planner.plan_chain(planner.chain_problem(*arguments), INTERPRETER) and reason
+    assert planner.chain_plan_text(torch.device("cpu"), *arguments, "reference") == ("", "asked for")
+    text, reason = planner.chain_plan_text(torch.device("meta"), *arguments, "auto")
+    assert text == "" and "meta" in reason
