@@ -215,10 +215,11 @@ def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         _image(p.Co, p.Ci, p.R, p.S, dtype),
         _image(p.N, p.Co, p.P, p.Q, dtype),
     )
-    for stats in (True, False):
-        stem_conv.stem_conv_fprop(x, w, p, GemmConfig(128, 64, 2 * p.run, num_warps=4), stats=stats)
-    config = GemmConfig(64, 128, 64, num_warps=4, split=target.sm_count)
-    stem_conv.stem_conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
+    for config in configurations(p, "fprop", target):
+        for stats in (True, False):
+            stem_conv.stem_conv_fprop(x, w, p, config, stats=stats)
+    for config in configurations(p, "wgrad", target):
+        stem_conv.stem_conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
 
 
 def _stem(p: ConvProblem, dtype: torch.dtype) -> None:

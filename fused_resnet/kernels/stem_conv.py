@@ -8,11 +8,12 @@ where the taps of one filter row of one output pixel are one run of contiguous e
 RUN (16 or 32) elements meeting weights of zero. No mask is left, and at an even stride every run starts at a multiple
 of eight elements, a 16-byte load. Both passes are then GEMMs whose other dimension holds R runs:
 
-    y[m, co]       = sum over r, k of x[origin(m) + r * dilation_h * row + k] * w[co, r, k]      w [Co, R, RUN], padded too
+    y[m, co]       = sum over r, k of x[origin(m) + r * dilation_h * row + k] * w[co, r, k]
     dW[co, (r, k)] = sum over m of dy[m, co] * x[origin(m) + r * dilation_h * row + k]
 
-What lies in the rest of a run are real pixels: zero times infinity is NaN, so an infinity or a NaN in the image shows
-in the outputs up to RUN/4 - S pixels further left than its window's.
+w [Co, R, RUN] is padded by the same kernel. What lies in the rest of a run are real pixels, and zero
+times infinity is NaN: an infinity or a NaN in the image shows in outputs up to RUN/4 - S pixels further left than its
+window's.
 """
 
 import triton

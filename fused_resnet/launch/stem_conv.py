@@ -22,8 +22,8 @@ def stem_conv_fprop(
 ) -> tuple[torch.Tensor, StatTiles | None]:
     """y = conv(x, weight) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
 
-    ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``config.block_k`` counts elements of
-    ``problem.run``, a multiple of it. Raises ValueError unless ``problem.is_stem``, for other shapes, dtypes or layouts.
+    ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``config.block_k`` is a multiple of
+    ``problem.run``. Raises ValueError unless ``problem.is_stem``, and for other shapes, dtypes or layouts.
     """
     p = problem
     _require(p, x)

@@ -232,11 +232,16 @@ def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfi
 
 
 def _stem_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
-    """Of stem_conv: steps of whole filter rows forward; backward one tile of all runs, so that dy is read once."""
+    """Of stem_conv: a step is one long filter row or two short ones; the weight gradient takes all rows, if it can, to
+    read dy once, and as many parts as there are processors: a program fills one."""
+    block_co = _tile(problem.Co)
     if kind == "fprop":
-        return GemmConfig(128, _tile(problem.Co), 2 * problem.run, num_warps=4, num_stages=3)
-    block_n = min(256, _power(problem.R * problem.run, 256))
-    return GemmConfig(64, block_n, 64, num_warps=8, num_stages=3, split=2 * target.sm_count)
+        return GemmConfig(128, block_co, 32, num_warps=8 if block_co == 128 else 4, num_stages=4)
+    block_n = _power(problem.R * problem.run, 256)
+    block_k = 32 if problem.dtype == "float32" else 64
+    tiles = -(-problem.Co // block_co) * -(-problem.R * problem.run // block_n)
+    split = max(1, min(target.sm_count // tiles, problem.M // (4 * block_k)))
+    return GemmConfig(block_co, block_n, block_k, num_warps=8, num_stages=3, split=split)
 
 
 def _tile(columns: int) -> int:

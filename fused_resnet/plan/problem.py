@@ -57,7 +57,7 @@ class ConvProblem:
 
     @property
     def is_stem(self) -> bool:
-        """A filter wider than 1x1 over images of up to four channels, whose forward and weight gradient are stem_conv's."""
+        """A filter wider than 1x1 over images of up to four channels: forward and weight gradient are stem_conv's."""
         return self.Ci <= 4 and self.taps > 1 and self.S <= 8 and self.dilation[1] == 1 and self.groups == 1
 
     @property
