@@ -190,7 +190,11 @@ def gram_finalize_kernel(
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One program per BLOCK_Q output channels. The covariance cancels most of G / M: its elements are formed in float64."""
+    """One program per BLOCK_Q output channels.
+
+    M * Cov = G - c mᵀ may cancel most of G. Two fused multiply-adds, with the mean in two parts, round only what is
+    left, as float64 would.
+    """
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
@@ -201,24 +205,28 @@ def gram_finalize_kernel(
     for start_j in range(0, P, BLOCK_P):
         offs_j = start_j + offs_p
         mask_j = offs_j < P
-        m_j = tl.load(c_ptr + offs_j, mask=mask_j, other=0.0).to(tl.float64) * inverse_rows
+        exact = tl.load(c_ptr + offs_j, mask=mask_j, other=0.0).to(tl.float64) * inverse_rows
+        m_j = exact.to(ACC)
+        rest_j = (exact - m_j.to(tl.float64)).to(ACC)
         acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=ACC)
         for start_i in range(0, P, BLOCK_P):
             offs_i = start_i + offs_p
             mask_i = offs_i < P
-            m_i = tl.load(c_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64) * inverse_rows
+            c_i = tl.load(c_ptr + offs_i, mask=mask_i, other=0.0)
             mask_g = mask_i[:, None] & mask_j[None, :]
             g = tl.load(g_ptr + offs_i.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_g, other=0.0)
-            covariance = (g.to(tl.float64) * inverse_rows - m_i[:, None] * m_j[None, :]).to(ACC)
+            spread = tl.fma(-c_i[:, None], m_j[None, :], g)
+            spread = tl.fma(-c_i[:, None], rest_j[None, :], spread)
             w = tl.load(w_ptr + rows_q + offs_i[None, :], mask=mask_q[:, None] & mask_i[None, :], other=0.0)
-            acc = tl.dot(w.to(ACC), covariance, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            acc = tl.dot(w.to(ACC), spread, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = (acc * inverse_rows).to(ACC)
         mask = mask_q[:, None] & mask_j[None, :]
         w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
         tl.store(v_ptr + rows_q + offs_j[None, :], acc, mask=mask)
-        mean += tl.sum(w * m_j.to(ACC)[None, :], axis=1)
+        mean += tl.sum(w * m_j[None, :], axis=1)
         var += tl.sum(w * acc, axis=1)
         if tl.program_id(0) == 0:
-            tl.store(m_ptr + offs_j, m_j.to(ACC), mask=mask_j)
+            tl.store(m_ptr + offs_j, m_j, mask=mask_j)
 
     var = tl.where(var < 0.0, 0.0, var)
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, Q, offs_q, mask_q, HAS_WEIGHT, HAS_BIAS)
@@ -261,7 +269,7 @@ def gram_backward_kernel(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dgamma, B, dW, A∘W of BLOCK_Q output channels. ``SCALED``: and what each adds to abs(P) at most, into ``bound``."""
+    """dgamma, B, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
@@ -341,8 +349,12 @@ def gram_product_kernel(
         rows = start + offs_k
         mask_k = rows < Q
         mask_w = mask_k[:, None]
-        left = tl.load(w_ptr + rows.to(tl.int64)[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0)
-        right = tl.load(w_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0)
+        left = tl.load(
+            w_ptr + rows.to(tl.int64)[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0
+        )
+        right = tl.load(
+            w_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0
+        )
         b = tl.load(b_ptr + rows, mask=mask_k, other=0.0)
         scaled = b[:, None] * right.to(ACC)
         acc = tl.dot(tl.trans(left.to(ACC)), scaled, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
@@ -382,14 +394,18 @@ def gram_bias_kernel(
     for start in range(0, Q, BLOCK_K):
         rows = start + offs_k
         mask_k = rows < Q
-        aw = tl.load(aw_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        aw = tl.load(
+            aw_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+        )
         mean = (tl.load(dbeta_ptr + rows, mask=mask_k, other=0.0) * inverse_rows).to(ACC)
         of_dz += mean[:, None] * aw.to(ACC)
     of_a = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
     for start in range(0, P, BLOCK_K):
         rows = start + offs_k
         mask_k = rows < P
-        p = tl.load(p_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        p = tl.load(
+            p_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+        )
         mean = tl.load(m_ptr + rows, mask=mask_k, other=0.0)
         of_a += mean[:, None] * p.to(ACC)
     sum_dz = tl.sum(of_dz, axis=0)

@@ -43,9 +43,7 @@ class GramGrads(NamedTuple):
     scales: torch.Tensor | None
 
 
-def gram(
-    x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gram(x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """G = aᵀa [p, p] and c = the column sums of a [p], of a = relu(x * scale + shift) rounded to ``x``'s dtype.
 
     ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x. Results
@@ -202,9 +200,9 @@ def gram_backward(
     """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
 
     ``t`` = dzᵀa ([q, p] or [q, p, 1, 1]) and ``sum_dz`` [q] in the accumulation dtype; ``v``, ``m`` and ``stats`` are
-    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [p, p] (in the
-    weight's dtype), bias [p] with which da = dz AW + a P + bias; for float16 ``scales`` [2], by which AW and P are
-    multiplied, else None.
+    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [p, p] (in
+    the weight's dtype), bias [p] with which da = dz AW + a P + bias; for float16 ``scales`` [2], powers of two by which
+    AW and P are multiplied, else None.
     """
     q, p = _require_weight(weight)
     if t.dim() == 4:

@@ -7,7 +7,6 @@ from .passes import ceil_div, next_power_of_2
 
 FLUSH_ROWS = 512
 """Rows that one accumulator takes up before it is added to another."""
-MOST_TILE = 128
 MIN_STEPS = 4
 """Steps of the shortest part worth a program of its own."""
 
@@ -19,24 +18,25 @@ def gram_tiles(p: int, block_n: int) -> int:
 
 
 def gram_config(
-    rows: int, p: int, sm_count: int = 132, *, itemsize: int = 2, interpreter: bool = False
+    rows: int, p: int, sm_count: int = 132, *, itemsize: int = 2, sm: int = 90, interpreter: bool = False
 ) -> GemmConfig:
     """The Gram matrix of ``rows`` x ``p``: square tiles ``block_m`` = ``block_n``, ``block_k`` rows at a time.
 
     ``split`` fills the processors once. The partials, written and read once, stay below a quarter of the input,
     unless that would leave processors idle.
     """
-    block_n = min(max(next_power_of_2(p), 16), MOST_TILE)
+    most = 128 if itemsize == 2 else 64
+    block_n = min(max(next_power_of_2(p), 16), most)
     if interpreter:
         return GemmConfig(block_n, block_n, 128, split=max(1, min(2, rows // 128)))
-    tiles = gram_tiles(p, block_n)
     # Registers decide: the steps that do not spill beside two accumulators, and the programs that an SM then holds.
-    block_k = (64 if tiles == 1 else 32) * 2 // max(itemsize, 2)
+    tiles = gram_tiles(p, block_n)
+    block_k = 16 if itemsize > 2 else 64 if block_n <= 64 or (tiles == 1 and sm >= 90) else 32
     programs = (3 if block_n <= 64 else 1) * sm_count
     affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
     split = min(max(affordable, sm_count // tiles), programs // tiles, ceil_div(rows, block_k) // MIN_STEPS)
     warps = 8 if block_n > 64 else 4
-    stages = 4 if tiles == 1 else 6
+    stages = 4 if block_k == 64 else 6
     return GemmConfig(block_n, block_n, block_k, num_warps=warps, num_stages=stages, split=max(1, split))
 
 
@@ -45,7 +45,7 @@ def gram_finalize_config(p: int, *, interpreter: bool = False) -> GemmConfig:
     if interpreter:
         return GemmConfig(64, min(max(next_power_of_2(p), 16), 64), 0)
     block_p = min(max(next_power_of_2(p), 16), 64)
-    return GemmConfig(16, block_p, block_p, num_warps=4, num_stages=2)
+    return GemmConfig(16, block_p, block_p, num_warps=8, num_stages=2)
 
 
 def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:

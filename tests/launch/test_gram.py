@@ -327,11 +327,17 @@ def test_errors(device):
 PLANTED = {
     "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
     "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
-    "an accumulator counted twice": ("            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base", "        base"),
+    "an accumulator counted twice": (
+        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base",
+        "        base",
+    ),
     "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
-    "no covariance": ("- m_i[:, None] * m_j[None, :]).to(ACC)", ").to(ACC)"),
+    "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),
     "biased running variance": ("(var * unbiased).to(ACC)", "var"),
-    "T not centred": ("along += tl.sum(w * centred, axis=1)", "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)"),
+    "T not centred": (
+        "along += tl.sum(w * centred, axis=1)",
+        "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)",
+    ),
     "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
     "the wrong sign of P": ("slope = -coeff_a", "slope = coeff_a"),
     "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
