@@ -122,7 +122,7 @@ def _stem(problem: ConvProblem, kind: str, default: GemmConfig) -> Iterator[Gemm
             yield replace(default, block_m=m, block_k=rows * problem.run, num_warps=warps, num_stages=stages)
         return
     for n, k, warps, stages, parts in (
-        (256, 64, 8, 4, 1), (256, 32, 8, 4, 1), (128, 64, 4, 3, 1), (256, 64, 4, 3, 1), (256, 64, 8, 3, 2),
+        (256, 64, 8, 4, 1), (256, 32, 8, 4, 2), (128, 64, 4, 3, 1), (256, 64, 4, 3, 1), (256, 64, 8, 3, 2),
         (128, 64, 4, 4, 2), (256, 128, 8, 2, 1), (128, 32, 4, 4, 1), (64, 64, 4, 4, 1),
     ):  # fmt: skip
         yield replace(default, block_n=n, block_k=k, num_warps=warps, num_stages=stages, split=parts * default.split)
