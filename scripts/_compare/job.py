@@ -75,7 +75,7 @@ class Job:
     def _describe(self) -> None:
         r, o = self.result, self.options
         r.batch_size, r.measured = o.batch_size, False
-        r.steps = min(o.steps or (20 if self.gpu else 6), self.total)
+        r.steps = min(o.steps or (10 if self.gpu else 6), self.total)
         r.truth_name = TRUTH[self.precision]
         tf32 = self.gpu and self.precision == "float32" and torch.backends.cudnn.allow_tf32
         r.floor = "tf32" if tf32 else self.precision

@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         metavar="N",
-        help="steps whose losses are compared one by one (default 20 with a GPU, 6 in the interpreter)",
+        help="steps whose losses are compared one by one (default 10 with a GPU, 6 in the interpreter)",
     )
     how.add_argument(
         "--epochs",
@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(f"{epochs} on {name}" for name, epochs in EPOCHS.items())
         + ")",
     )
-    how.add_argument("--lr", type=_positive_float, default=0.05, help="peak learning rate of SGD (default %(default)s)")
+    how.add_argument("--lr", type=_positive_float, default=0.15, help="peak learning rate of SGD (default %(default)s)")
     how.add_argument("--seed", type=_seed, default=0, help="of weights, order of the images and splits (default 0)")
     how.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
     how.add_argument(

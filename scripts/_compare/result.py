@@ -10,11 +10,11 @@ from typing import Any
 # Relative error of a loss that rounding alone explains, where eager's own error happens to be smaller. In float32 it
 # is that of a few activations so near to zero that a rounding error decides whether ReLU lets them pass: each changes
 # a gradient by a thousandth or so. In float64 there are none of these: what is left is the arithmetic itself.
-FLOORS = {"float64": 1e-9, "float32": 2e-3, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 2e-2}
+FLOORS = {"float64": 1e-9, "float32": 5e-3, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 2e-2}
 # Training magnifies rounding errors step by step. Once eager itself is this far from the higher precision, two right
 # implementations may differ by as much, and a comparison says nothing more.
 HORIZONS = {"float32": 1e-2, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 4e-2}
-TIMES_EAGER = 4.0  # a single loss is a lucky draw; the rule of the tests, nearer to 1, is for whole tensors
+TIMES_EAGER = 8.0  # a single loss is a lucky draw; the rule of the tests, nearer to 1, is for whole tensors
 
 
 def distance(loss: float, true: float) -> float:

@@ -10,6 +10,8 @@ import data
 import torch
 from torch import Tensor, nn
 
+WARM_UP = 0.25  # of all steps; a slow one keeps the compared steps from magnifying rounding errors
+
 
 class Trainer:
     """A model with SGD (momentum, Nesterov) under a learning rate that warms up, then falls to zero over the run."""
@@ -43,7 +45,7 @@ class Trainer:
         """One training step; returns the loss, not waiting for the device."""
         done = self.taken / self.total
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min((self.taken + 1) / (0.1 * self.total), max(1.0 - done, 0.01), 1.0)
+            group["lr"] = self.lr * min((self.taken + 1) / (WARM_UP * self.total), max(1.0 - done, 0.01), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with self._context():
             loss = nn.functional.cross_entropy(self.forward(images.to(self.dtype)), labels)

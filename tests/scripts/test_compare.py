@@ -87,10 +87,10 @@ def comparison(eager: list[float], fused: list[float], truth: list[float], **key
 @quick
 def test_judging():
     assert comparison([2.0, 1.0], [2.001, 1.0], [2.0, 1.0]).agrees("fused")
-    assert comparison([2.0, 1.0], [2.0, 1.01], [2.0, 1.0]).agrees("fused") is False
+    assert comparison([2.0, 1.0], [2.0, 1.02], [2.0, 1.0]).agrees("fused") is False
     assert comparison([2.0, 1.0], [2.0, math.nan], [2.0, 1.0]).agrees("fused") is False
     # Eager's own rounding error widens what is allowed, up to where a comparison says nothing more.
-    assert comparison([2.01, 1.0], [2.03, 1.0], [2.0, 1.0]).agrees("fused")
+    assert comparison([2.01, 1.0], [2.04, 1.0], [2.0, 1.0]).agrees("fused")
     drifted = comparison([2.0, 1.5, 0.2], [2.0, 0.8, 0.9], [2.0, 1.0, 0.5])
     assert drifted.compared() == 1 and drifted.agrees("fused")
     exact = comparison([2.0], [2.0], [2.0])
@@ -143,7 +143,7 @@ class _Noted(fr.reference.ResNet):
 
 
 class _Wrong(_Noted):
-    wrong = 1.02
+    wrong = 1.2
 
 
 def stand_in(network: type) -> SimpleNamespace:
