@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.explain import explain
 
 from .result import Candidate, Cost, Result
 from .trainer import Trainer
@@ -271,7 +272,7 @@ class Job:
             cases.append(("resnet50", imagenet, (256, 3, 224, 224)))
         for model, images, shape in cases:
             network = build(fr, model, images)
-            found = fr.explain(network, shape, target="h100")
+            found = explain(network, shape, target="h100")
             title = f"{'this model' if model == 'small' else model}, {'x'.join(map(str, shape))}"
             for route, cost in (("eager", found.eager), ("fused", found)):
                 self.result.projection.append(
