@@ -216,7 +216,7 @@ def _chain(
         text,
         tuple(_momentum(bn) for _, bn in everything),
         tuple(bn.eps for _, bn in everything),
-        relu and (kind != "none" or not everything[0][1].training),
+        relu and (planned == "gram" or kind != "none" or not everything[0][1].training),  # Plan.reads_out
         _nhwc(x.to(dtype)),
         None if residual is None else _nhwc(residual.to(dtype)),
         slots,

@@ -141,9 +141,9 @@ def mixing(vendor: Choose) -> Iterator[None]:
     """Plans made inside mix the vendor's passes and ours, as they do on a GPU."""
     original = planner.chain_plan_text
 
-    def chain_plan_text(*args: Any) -> tuple[str, str]:
-        text, reason = original(*args)
-        return (mixed(text, vendor) if text else text), reason
+    def chain_plan_text(*args: Any) -> tuple[str, str, str]:
+        text, route, reason = original(*args)
+        return (mixed(text, vendor) if text else text), route, reason
 
     planner.chain_plan_text = chain_plan_text
     try:

@@ -144,6 +144,7 @@ def _chain_backward(
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
+    assert out is not None or not decoded.reads_out
     slots = _slots(decoded.problem)
     layers = [Layer(weights[i], gammas[i], betas[i], None, None, None, 0.0, 0.0) for i in slots]  # type: ignore[arg-type]
     kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], _or_none(input_mean))

@@ -106,12 +106,11 @@ def backward(
     batch, last, gram = passes.batch, len(plan.convs) - 1, plan.gram is not None
     grads = [LayerGrad()] * len(layers)
     y_projection = saved.ys[-1] if plan.projection is not None and batch else None
-    # Without a residual the ReLU's mask follows from y, and out need not be read (nor kept).
     dz, tiles = passes.grad_reduce(
         dout,
         saved.ys[last] if batch and not gram else None,
         saved.stats[last],
-        out=saved.out if problem.relu and not (batch and not gram and problem.residual == "none") else None,
+        out=saved.out if plan.reads_out else None,
         residual=y_projection,
         residual_stats=saved.stats[-1] if y_projection is not None else None,
         relu=problem.relu,

@@ -77,6 +77,13 @@ class Plan:
     sm_count: int = 132
     interpreter: bool = False
 
+    @property
+    def reads_out(self) -> bool:
+        """Whether backward reads the output for its ReLU's mask: where the mask does not follow from a raw output y."""
+        p = self.problem
+        follows_from_y = p is not None and p.batch_statistics and p.residual == "none" and self.gram is None
+        return p is not None and p.relu and not follows_from_y
+
     def encode(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_resnet as fr
 from tests.conftest import INTERPRETED
 from tests.eager import Chain, compare, mixing, pair
 
@@ -117,6 +118,55 @@ def test_the_vendor_runs_only_filters_wider_than_1x1_or_only_1x1(taps: int, kind
     wide = [conv.weight[0, 0].numel() == taps for conv, _ in case.pairs]
     with mixing(lambda i, _: wide[i]):
         compare(case)
+
+
+# ---------------------------------------------------------------- the Gram route
+
+
+@quick
+@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection"])
+@pytest.mark.parametrize("vendor", ["", "0", "1", "01", "01-1"], ids=lambda v: f"vendor {v}")
+def test_gram(kind: str, vendor: str) -> None:
+    """The last conv widens and its output does not exist: the same results, with any of the others the vendor's."""
+    case = chain(3, kind)
+    case.route = "gram"
+    with mixing(lambda i, _: str(i) in vendor):
+        compare(case)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_gram_batch_norm_variants(affine: bool, momentum: float | None) -> None:
+    case = chain(3, "projection", affine=affine, momentum=momentum)
+    case.route = "gram"
+    compare(case)
+
+
+@pytest.mark.parametrize("wanted", range(9))
+def test_gram_one_gradient_alone(wanted: int) -> None:
+    case = chain(3, "given")
+    case.route = "gram"
+    tensors = [case.x, case.residual, *(p for m in case.modules for p in m.parameters())]
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i == wanted)
+    compare(case)
+
+
+def test_gram_auto_takes_it_and_strict_says_why_not() -> None:
+    case = chain(3, "none")
+    case.route = "auto"
+    ours, _ = compare(case)
+    with fr.record_launches() as launches:
+        ours.fused()
+    assert any("gram" in launch.kernel for launch in launches)
+    for other in (chain(1), chain(3, training=False), chain(3, relu=False), chain(3, "identity").copied()):
+        other.route = "gram"
+        if other.kind == "identity":
+            other.pairs[0][1].eval()  # two modes: layer by layer
+        before = other.state()
+        with pytest.raises(fr.RouteUnavailableError, match="gram"):
+            other.fused()
+        torch.testing.assert_close(other.state(), before)
 
 
 # ---------------------------------------------------------------- what BN may be

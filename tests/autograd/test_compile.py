@@ -202,14 +202,19 @@ def slots(pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]], projection: bool, affin
 
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection"])
+@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection", "gram"])
 def test_opcheck(kind: str, training: bool, backward: bool) -> None:
+    if kind == "gram" and not training:
+        pytest.skip("with frozen statistics there is no such route")
+    route, kind = ("gram", "none") if kind == "gram" else ("staged", kind)
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     pairs = [pair(4, 3, 1), pair(3, 4, 3, padding=1), *([pair(4, 4, 1)] if kind == "projection" else [])]
+    if route == "gram":
+        pairs[1] = pair(3, 4, 1)
     geometry = [(c.out_channels, *c.kernel_size, c.stride, c.padding, c.dilation, 1) for c, _ in pairs]
     projected = geometry.pop() if kind == "projection" else None
-    text, _ = planner.chain_plan_text(
-        x.device, "float64", tuple(x.shape), tuple(geometry), projected, kind, True, training, backward, "staged"
+    text, *_ = planner.chain_plan_text(
+        x.device, "float64", tuple(x.shape), tuple(geometry), projected, kind, True, training, backward, route
     )
     residual = torch.randn_like(x) if kind == "given" else None
     tensors = slots(pairs, kind == "projection", affine=kind != "identity")
@@ -218,9 +223,16 @@ def test_opcheck(kind: str, training: bool, backward: bool) -> None:
     if not backward:
         return
     out, *rest = op.chain_forward(text, momenta, epsilons, x, residual, *tensors)
-    keeps_out = kind != "none" or not training
+    keeps_out = kind != "none" or not training or route == "gram"
     parameters = [[tensors[len(op.FIELDS) * i + field] for i in range(op.SLOTS)] for field in range(3)]
-    given = (x, out if keeps_out else None, *parameters, rest[: op.SLOTS], rest[op.SLOTS :])
+    given = (
+        x,
+        out if keeps_out else None,
+        *parameters,
+        rest[: op.SLOTS],
+        rest[op.SLOTS : 2 * op.SLOTS],
+        *rest[2 * op.SLOTS :],
+    )
     r = kind == "given"
     for needs in ([True, r] + [True] * 8, [False, r] + [True] * 8, [True, r] + [False] * 8, [False, r, True] * 3 + [r]):
         torch.library.opcheck(op.chain_backward, (text, needs, torch.randn_like(out), *given))

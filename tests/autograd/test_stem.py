@@ -121,7 +121,7 @@ def test_opcheck(training: bool, optional: bool) -> None:
     x, (conv, bn) = image(2, 3, 6, 5).detach().contiguous(memory_format=torch.channels_last), pair(3, 4, 3)
     geometry = ((4, 3, 3, (1, 1), (0, 0), (1, 1), 1),)
     shape = (2, 3, 6, 5)
-    text, _ = planner.chain_plan_text(
+    text, *_ = planner.chain_plan_text(
         x.device, "float64", shape, geometry, None, "none", True, training, True, "staged"
     )
     weight = conv.weight.detach()

@@ -64,7 +64,7 @@ def test_a_plan_survives_the_string(on: Target, residual: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_choice_has_a_reason_and_a_configuration_that_fits(on: Target, dtype: str) -> None:
     plan = planner.plan_chain(problem(dtype), on)
-    assert plan.route == "staged" and plan.reason
+    assert plan.route in ("staged", "gram") and plan.reason
     for conv in (*plan.convs, plan.projection):
         assert conv is not None
         for kind in tables.PASSES:
@@ -192,11 +192,33 @@ def test_planning_is_pure() -> None:
 
 def test_the_question_as_constants_has_the_chains_answer() -> None:
     arguments = ("float32", (2, 32, 9, 9), GEOMETRIES, PROJECTION, "projection", True, False, True)
-    text, reason = planner.chain_plan_text(torch.device("cpu"), *arguments, "auto")
+    text, route, reason = planner.chain_plan_text(torch.device("cpu"), *arguments, "auto")
     if not target.interpreted():
-        assert text == "" and "GPU" in reason
+        assert (text, route) == ("", "reference") and "GPU" in reason
         return
-    assert decode(text) == planner.plan_chain(planner.chain_problem(*arguments), INTERPRETER) and reason
-    assert planner.chain_plan_text(torch.device("cpu"), *arguments, "reference") == ("", "asked for")
-    text, reason = planner.chain_plan_text(torch.device("meta"), *arguments, "auto")
-    assert text == "" and "meta" in reason
+    plan = planner.plan_chain(planner.chain_problem(*arguments), INTERPRETER)
+    assert decode(text) == plan and (route, reason) == (plan.route, plan.reason)
+    asked = planner.chain_plan_text(torch.device("cpu"), *arguments, "reference")
+    assert asked == ("", "reference", "asked for")
+    text, route, reason = planner.chain_plan_text(torch.device("meta"), *arguments, "auto")
+    assert (text, route) == ("", "reference") and "meta" in reason
+
+
+def test_the_gram_route_has_a_reason_either_way() -> None:
+    def chain(co: int = 64, **flags: Any) -> ChainProblem:
+        geometries = (GEOMETRIES[0], (co, 1, 1, (1, 1), (0, 0), (1, 1), 1))
+        wanted = {"relu": True, "batch_statistics": True, "backward": True, **flags}
+        return planner.chain_problem("float16", (4, 32, 15, 14), geometries, None, "none", **wanted)
+
+    plan = planner.plan_chain(chain(), H100)
+    assert plan.route == "gram" and plan.gram is not None and plan.reason
+    assert decode(plan.encode()) == plan
+    for other, word in (
+        (chain(co=8), "widens"),
+        (chain(relu=False), "ReLU"),
+        (chain(batch_statistics=False), "frozen"),
+    ):
+        for route in ("auto", "gram"):
+            staged = planner.plan_chain(other, H100, route)
+            assert staged.route == "staged" and word in staged.reason and staged.gram is None
+    assert planner.plan_chain(chain(), H100, "staged").gram is None
