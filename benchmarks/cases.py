@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,14 @@ from fused_resnet.launch import vendor
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.stem_conv import stem_conv_fprop, stem_conv_wgrad
+from fused_resnet.plan.candidates import candidates, gram_candidates
 from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.planner import MOST_GRAM_WIDTH
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.tables import pass_name
+from fused_resnet.plan.target import Target
 
 from . import errors, problems, tensors
 
@@ -51,6 +55,14 @@ class ConvCase:
     compact: bool = False
     """dgrad of a strided 1x1: on the pixels that it sampled alone. Whoever adds it elsewhere knows the stride."""
 
+    gram: bool = False
+    """The Gram route's: fprop ends in BN, residual and ReLU, dgrad is one product over [dz | a]."""
+
+    def candidates(self, target: Target) -> list[GemmConfig]:
+        """Configurations worth measuring, the planner's default first."""
+        pick = gram_candidates if self.gram and self.kind == "dgrad" else candidates
+        return pick(self.problem, self.kind, target)
+
     @property
     def first(self) -> bool:
         """Whether it reads the block's input, as the planner asks."""
@@ -63,7 +75,9 @@ class ConvCase:
 
     @property
     def variant(self) -> str:
-        return pass_name(self.kind, prologue=self.affine or self.coeffs, epilogue=self.stats)
+        return pass_name(
+            self.kind, prologue=self.affine or self.coeffs, epilogue=self.stats and not self.gram, gram=self.gram
+        )
 
     @property
     def name(self) -> str:
@@ -84,7 +98,7 @@ class ConvCase:
 
         def gradient(c: int, h: int, w: int) -> torch.Tensor:
             # Small, so that the sums over 10^6 pixels stay in float16's range.
-            return image(c, h, w).mul_(1 if empty else 0.01)
+            return image(c, h, w) if empty else image(c, h, w).mul_(0.01)
 
         acc = torch.float64 if self.dtype == torch.float64 else torch.float32
         t: Tensors = {"w": tensors.weight(p, device)}
@@ -108,6 +122,12 @@ class ConvCase:
             t["mask_stats"] = tensors.channels(4, p.Ci, device, acc) - offset
         if self.residual:
             t["residual"] = gradient(p.Ci, p.H, p.W)
+        if self.gram and self.kind == "fprop":
+            t["output_affine"] = tensors.channels(2, p.Co, device, acc)
+            t["shortcut"] = image(p.Co, p.P, p.Q)
+        if self.gram and self.kind == "dgrad":
+            t["products"] = torch.randn((p.Ci, p.Ci), dtype=self.dtype, device=device) * 0.01
+            t["bias"] = tensors.channels(1, p.Ci, device, acc)[0] * 0.01
         return t
 
     def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
@@ -116,8 +136,13 @@ class ConvCase:
             if self.kind == "fprop":
                 return stem_conv_fprop(t["x"], t["w"], self.problem, config, stats=self.stats)
             return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
+        if self.kind == "dgrad" and self.gram:
+            w = t["w"].flatten(1)
+            return gram_dgrad(t["dy"], t["mask_input"], w, t["products"], t["bias"], t["mask_stats"], config)
         if self.kind == "fprop":
-            return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=t.get("affine"), stats=self.stats)
+            more = {"output_affine": t["output_affine"], "residual": t["shortcut"], "relu": True} if self.gram else {}
+            affine = t.get("affine")
+            return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=affine, stats=self.stats, **more)
         if self.kind == "dgrad":
             extra = {name: t.get(name) for name in ("y", "coeffs", "mask_input", "mask_stats", "residual")}
             return conv_dgrad(t["dy"], t["w"], self.computed, config, **extra)
@@ -142,6 +167,8 @@ class ConvCase:
         p, itemsize = self.problem, self.dtype.itemsize
         x, y = p.N * p.H * p.W * p.Ci * itemsize, p.M * p.Co * itemsize
         total = 0
+        if self.gram:
+            return 0  # the vendor has no such way
         if self.kind == "fprop":
             total += 2 * x * self.affine + y * self.stats
         else:
@@ -165,13 +192,21 @@ class ConvCase:
             dy = row("coeffs", 0) * dy.to(acc) + row("coeffs", 1) * t["y"].to(acc) + row("coeffs", 2)
             dy = dy.to(dtype)
         if self.kind == "fprop":
-            return vendor.conv_fprop(x, w, p)
+            y = vendor.conv_fprop(x, w, p)
+            if self.gram:
+                z = y.to(acc) * row("output_affine", 0) + row("output_affine", 1) + t["shortcut"].to(acc)
+                y = torch.relu(z).to(dtype)
+            return y
         if self.kind == "wgrad":
             return vendor.conv_wgrad(x, dy, w, p)
         like = torch.empty_strided((dy.shape[0], p.Ci, p.H, p.W), _nhwc(p), dtype=dtype, device=dy.device)
         dx = vendor.conv_dgrad(dy, like, w, p)
         if self.residual:
             dx = dx + t["residual"].to(dtype)
+        if self.gram:
+            a = torch.relu(self._normalised(t)).to(self.dtype).to(dtype)
+            more = vendor.conv_fprop(a, t["products"].t()[:, :, None, None].to(dtype), replace(p, Co=p.Ci))
+            dx = (dx.to(acc) + more.to(acc) + t["bias"].to(acc)[None, :, None, None]).to(dtype)
         if self.stats:
             dx = torch.where(self._normalised(t) <= 0, torch.zeros((), dtype=dtype, device=dx.device), dx)
         return dx
@@ -199,7 +234,7 @@ class ConvCase:
         with errors.poisoned():
             out, tiles = self.ours(t, config)
         reference = reference or self.references(t)
-        ours = out[reference.part]
+        ours = out[reference.part].to(self.dtype)
         if reference.clear is not None:
             ours = ours * reference.clear
         name = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[self.kind]
@@ -221,7 +256,7 @@ class ConvCase:
     def _ends(self, t: Tensors) -> tuple[Tensors, Any]:
         n = self.problem.N
         part = list(range(n)) if n <= 2 * SAMPLE else [*range(SAMPLE), *range(n - SAMPLE, n)]
-        per_image = ("x", "dy", "y", "mask_input", "residual")
+        per_image = ("x", "dy", "y", "mask_input", "residual", "shortcut")
         return {name: v[part].contiguous(memory_format=torch.channels_last) if name in per_image else v
                 for name, v in t.items()}, part  # fmt: skip
 
@@ -245,4 +280,13 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = ("fprop", "dgrad", "wg
         ),
         "wgrad": lambda: ConvCase(p, "wgrad", role, coeffs=pointwise, affine=role == "conv3"),
     }
-    return [make[kind]() for kind in kinds]
+    found = [make[kind]() for kind in kinds]
+    if role == "conv3" and p.Ci <= MOST_GRAM_WIDTH:
+        # As the Gram route runs it, which takes this layer over.
+        grams = {
+            "fprop": ConvCase(p, "fprop", role, affine=True, gram=True),
+            "dgrad": ConvCase(p, "dgrad", role, stats=True, gram=True),
+            "wgrad": ConvCase(p, "wgrad", role, affine=True, gram=True),
+        }
+        found = [grams[kind] for kind in kinds]
+    return found

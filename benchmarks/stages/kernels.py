@@ -14,7 +14,6 @@ import torch
 
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan import planner, tables
-from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.target import INTERPRETER, Target, current
 
@@ -59,7 +58,7 @@ def config_for(context: Context, case: ConvCase, target: Target) -> GemmConfig:
             return entry.ours
     if context.dry and not case.problem.is_stem:
         return planner.default_config(case.problem, case.kind, target)
-    return candidates(case.problem, case.kind, target, 1)[0]
+    return case.candidates(target)[0]
 
 
 def items(context: Context) -> Iterator[Item]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan import tables
-from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.target import Target
 
@@ -47,8 +46,8 @@ def items(context: Context) -> Iterator[Item]:
 
 def _candidates(context: Context, case: ConvCase, target: Target) -> list[GemmConfig]:
     if context.dry:  # the interpreter's own, and one more so that there is something to choose from
-        return [*candidates(case.problem, case.kind, target, 1), GemmConfig(64, 64, 64)]
-    return candidates(case.problem, case.kind, target)
+        return [*case.candidates(target)[:1], GemmConfig(64, 64, 64)]
+    return case.candidates(target)
 
 
 def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
     best = min(right, key=lambda config: timings[str(config)].us, default=None)
     entry = _entry(context, case, sets[0], best, timings)
     context.document["entries"].setdefault(tables.problem_key(case.problem), {})[case.variant] = entry
-    ours = "none right" if best is None else f"{entry['us']:.0f} us ({entry['us'] / entry['floor_us']:.2f}x)"
+    ours = "none right" if best is None else f"{entry['us']:.0f} us ({entry['us'] / max(entry['floor_us'], 0.01):.2f}x)"
     tile = "" if best is None else f" {best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps} s{best.num_stages}"
     split = f" split {best.split}" if best is not None and best.split > 1 else ""
     line = f"{ours}, vendor {entry['vendor_us']:.0f} + {entry['passes_us']:.0f}{tile}{split}, {len(calls)} tried"

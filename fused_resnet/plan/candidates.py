@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .config import GemmConfig, supports
+from .gram_dgrad import gram_dgrad_config
 from .planner import default_config
 from .problem import ConvProblem
 from .split import wgrad_split
@@ -76,6 +77,24 @@ WGRAD_ROW = (
     (64, 64, 64, 4, 4, 3), (128, 64, 64, 8, 4, 3),
 )  # fmt: skip
 
+GRAM_DGRAD = (
+    Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128),
+    Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 3),
+    Tile(128, 128, 32, 8, 4, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 4),
+)  # fmt: skip
+
+
+def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
+    """Configurations of gram_dgrad for the convolution ``problem``, the planner's default first."""
+    default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target)
+    tiles = (
+        GemmConfig(m, n, k, warps, stages, 1, maxnreg)
+        for m, n, k, warps, stages, _, maxnreg in GRAM_DGRAD
+        if n <= max(problem.Ci, 64)
+    )
+    found = dict.fromkeys([default, *tiles])
+    return [config for config in found if supports(problem, kind, target, config)[0]][:most]
+
 
 def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
     """At most ``most`` distinct configurations of ``kind`` that ``target`` supports, the planner's default first."""
@@ -91,6 +110,7 @@ def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST
 def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
     """fprop and dgrad: rows by output channels, reduced over input channels and taps (dgrad: the other way)."""
     columns, depth = (problem.Co, problem.Ci) if kind == "fprop" else (problem.Ci, problem.Co)
+    tiles: tuple[Tile, ...]
     if kind == "dgrad":
         tiles = DGRAD_POINTWISE if problem.is_pointwise else DGRAD
     else:

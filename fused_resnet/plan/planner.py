@@ -69,17 +69,17 @@ def _gram_plan(last: ConvProblem, target: Target) -> GramPlan:
     itemsize = {"float32": 4, "float64": 8}.get(last.dtype, 2)
     return GramPlan(
         gram=gram_config(last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter),
-        fprop=_measured_or_default(last, "fprop", target),
-        wgrad=_measured_or_default(last, "wgrad", target),
-        dgrad=gram_dgrad_config(last.M, last.Ci, last.Co, target),
+        fprop=_measured(last, "fprop", target, default_config(last, "fprop", target)),
+        wgrad=_measured(last, "wgrad", target, default_config(last, "wgrad", target)),
+        dgrad=_measured(last, "dgrad", target, gram_dgrad_config(last.M, last.Ci, last.Co, target)),
     )
 
 
-def _measured_or_default(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
-    measured = tables.lookup(problem, _pass_name(problem, kind, first=False), target)
-    if measured is not None and measured.config is not None and supports(problem, kind, target, measured.config)[0]:
-        return measured.config
-    return default_config(problem, kind, target)
+def _measured(problem: ConvProblem, kind: str, target: Target, default: GemmConfig) -> GemmConfig:
+    entry = tables.lookup(problem, tables.pass_name(kind, prologue=kind != "dgrad", gram=True), target)
+    if entry is not None and entry.ours is not None and supports(problem, kind, target, entry.ours)[0]:
+        return entry.ours
+    return default
 
 
 Pair = tuple[int, int]

@@ -75,12 +75,17 @@ def _shape_key(p: ConvProblem) -> str:
     return f"H{p.H}-W{p.W}-Ci{p.Ci}-Co{p.Co}-R{p.R}-S{p.S}{geometry}-g{p.groups}"
 
 
-def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False) -> str:
+def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False, gram: bool = False) -> str:
     """``kind`` of PASSES; ``"+in"`` where an operand is formed on load, ``"+out"`` where the epilogue masks, reduces or
-    takes statistics."""
+    takes statistics, ``"+gram"`` where it is the Gram route's."""
     if kind not in PASSES:
         raise ValueError(f"kind must be one of {PASSES}, not {kind!r}")
-    return kind + ("+in" if prologue else "") + ("+out" if epilogue else "")
+    return kind + ("+in" if prologue else "") + ("+out" if epilogue else "") + ("+gram" if gram else "")
+
+
+def gram_pass_name(kind: str) -> str:
+    """The pass of a convolution on the route "gram", where no vendor's kernel can stand in for ours."""
+    return pass_name(kind) + "+gram"
 
 
 def gpu_slug(name: str) -> str:
@@ -116,13 +121,14 @@ def _load(folder: Path) -> Mapping[str, Table]:
 TABLES: Final[Mapping[str, Table]] = _load(Path(__file__).parent / "tuned")
 
 
-def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, Table] = TABLES) -> Entry | None:
+def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, Table] | None = None) -> Entry | None:
     """What was measured for ``pass_`` (of :func:`pass_name`) of ``problem`` on ``target`` (a Target or a name).
 
     The nearest thing measured counts where the very thing was not: another batch of the same layer within a factor
-    of four, then another variant of the same pass, one with the same prologue first. ``None`` where there is neither.
+    of four, then another variant of the same pass, one with the same prologue first (but nothing stands in for a pass of
+    the route "gram", nor such a one for another). ``None`` where there is neither.
     """
-    table = tables.get(gpu_slug(target if isinstance(target, str) else target.name))
+    table = (TABLES if tables is None else tables).get(gpu_slug(target if isinstance(target, str) else target.name))
     if not table:
         return None
     key = problem_key(problem)
@@ -131,6 +137,8 @@ def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, T
         passes = _nearest_batch(table, problem, key)
     if not passes:
         return None
+    if pass_.endswith("+gram"):
+        return passes.get(pass_)
     kind = pass_.partition("+")[0]
     same_prologue = kind + ("+in" if "+in" in pass_ else "")
     for name in (pass_, same_prologue, same_prologue + "+out", kind + "+out", kind, kind + "+in", kind + "+in+out"):
