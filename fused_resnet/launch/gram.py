@@ -8,14 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.gram import (
-    gram_backward_kernel,
-    gram_bias_kernel,
-    gram_finalize_kernel,
-    gram_kernel,
-    gram_product_kernel,
-    gram_reduce_kernel,
-)
+from ..kernels.gram import gram_kernel, gram_reduce_kernel
+from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_finalize_kernel, gram_product_kernel
 from ..plan.config import GemmConfig, PassConfig
 from ..plan.gram import (
     FLUSH_ROWS,

@@ -1,111 +1,32 @@
 """The Gram route against autograd in float64: a 1x1 convolution with BatchNorm whose output never exists."""
 
-import importlib.util
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
 import torch
 
-import fused_resnet.kernels.gram as kernels
-from fused_resnet.launch import gram as launcher
 from fused_resnet.launch.gram import GramGrads, gram, gram_backward, gram_finalize
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.gram import gram_config, gram_tiles
+from tests.gram_case import (
+    EPS,
+    EXACT,
+    SMALL,
+    accumulation,
+    check_gradients,
+    check_statistics,
+    gradients,
+    input_gradient,
+    make_case,
+    matrix,
+    nhwc,
+    reference,
+    relative,
+    statistics,
+)
 
-SMALL = GemmConfig(16, 16, 16, num_warps=4, split=3)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
-EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5}
-EPS = 1e-5
 # (N, H, W), p, q
 SIZES = [((2, 5, 7), 20, 80), ((2, 4, 4), 16, 64), ((3, 6, 6), 64, 256), ((2, 3, 3), 33, 50), ((1, 2, 5), 5, 3)]
-
-
-def accumulation(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def nhwc(*shape, dtype=torch.float64, device="cpu"):
-    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
-
-
-def matrix(image):
-    """Logical NCHW as float64 [M, C]."""
-    return image.permute(0, 2, 3, 1).flatten(0, 2).double()
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
-
-
-class Case(NamedTuple):
-    """The operands of a block's last convolution: everything rounded to the activations' dtype."""
-
-    x: torch.Tensor
-    input_affine: torch.Tensor
-    weight: torch.Tensor
-    gamma: torch.Tensor
-    beta: torch.Tensor
-    dz: torch.Tensor
-
-    @property
-    def a(self):
-        scale, shift = (row[None, :, None, None] for row in self.input_affine)
-        return torch.relu(self.x.to(scale.dtype) * scale + shift).to(self.x.dtype)
-
-
-def make_case(size, p, q, dtype, device, dz_mean=0.0, offset=0.0):
-    n, h, w = size
-    acc = accumulation(dtype)
-    weight = (nhwc(q, p, 1, 1) * (2 / q) ** 0.5).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
-    dz = (nhwc(n, q, h, w) + dz_mean).to(dtype).contiguous(memory_format=torch.channels_last).to(device)
-    input_affine = torch.stack([1 + 0.3 * torch.randn(p), 0.5 * torch.randn(p) + offset]).to(acc).to(device)
-    gamma, beta = (1 + 0.5 * torch.randn(q)).to(acc).to(device), torch.randn(q).to(acc).to(device)
-    return Case(nhwc(n, p, h, w, dtype=dtype, device=device), input_affine, weight, gamma, beta, dz)
-
-
-def statistics(case, config=SMALL, **running):
-    g, c = gram(case.x, case.input_affine, config)
-    arguments = {"running_mean": None, "running_var": None, "momentum": 0.1, **running}
-    rows = case.x.numel() // case.x.shape[1]
-    return gram_finalize(g, c, rows, case.weight, gamma=case.gamma, beta=case.beta, eps=EPS, **arguments)
-
-
-def gradients(case, config=SMALL, out_dtype=None):
-    stats, v, m = statistics(case, config)
-    acc = accumulation(case.x.dtype)
-    dz, a = matrix(case.dz), matrix(case.a)
-    t, sum_dz = (dz.T @ a).to(acc), dz.sum(0).to(acc)
-    return gram_backward(t, v, m, stats, case.weight, sum_dz, len(dz), out_dtype=out_dtype or acc)
-
-
-def input_gradient(case, grads):
-    """da as gram_dgrad forms it, in float64."""
-    aw, p = grads.aw.double(), grads.p.double()
-    if grads.scales is not None:
-        aw, p = aw / grads.scales[0].double(), p / grads.scales[1].double()
-    return matrix(case.dz) @ aw + matrix(case.a) @ p + grads.bias.double()
-
-
-def reference(case):
-    """(da [M, p], dW [q, p], dgamma, dbeta) by autograd in float64, from the same rounded operands."""
-    a = matrix(case.a).requires_grad_()
-    weight = case.weight.double().flatten(1).requires_grad_()
-    gamma, beta = (t.double().requires_grad_() for t in (case.gamma, case.beta))
-    z = torch.nn.functional.batch_norm(a @ weight.T, None, None, gamma, beta, training=True, eps=EPS)
-    return torch.autograd.grad(z, (a, weight, gamma, beta), matrix(case.dz))
-
-
-def check_gradients(case, tolerance, operand_tolerance=None, config=SMALL):
-    """``operand_tolerance``: of da, whose matrices are rounded to the activations' dtype."""
-    grads = gradients(case, config)
-    da, dw, dgamma, dbeta = reference(case)
-    assert grads.dw.shape == case.weight.shape and grads.dw.is_contiguous(memory_format=torch.channels_last)
-    assert relative(grads.dw.flatten(1), dw) < tolerance
-    assert relative(grads.dgamma, dgamma) < tolerance
-    assert relative(grads.dbeta, dbeta) < tolerance
-    assert relative(input_gradient(case, grads), da) < (operand_tolerance or tolerance)
 
 
 @pytest.mark.quick
@@ -149,21 +70,6 @@ def test_statistics_and_gradients_are_those_of_autograd(size, p, q, dtype, devic
     case = make_case(size, p, q, dtype, device)
     check_statistics(case)
     check_gradients(case, EXACT[dtype], {torch.float16: 1e-2}.get(dtype))
-
-
-def check_statistics(case, tolerance=None):
-    stats, v, m = statistics(case)
-    tolerance = tolerance or EXACT[case.x.dtype]
-    a, weight = matrix(case.a), case.weight.double().flatten(1)
-    y = a @ weight.T
-    var = y.var(0, unbiased=False)
-    rstd = (var + EPS) ** -0.5
-    assert relative(m, a.mean(0)) < tolerance
-    assert relative(v, weight @ a.T.cov(correction=0)) < tolerance
-    mean = y.mean(0)
-    scale = case.gamma.double() * rstd
-    for row, expected in zip(stats, (mean, rstd, scale, case.beta.double() - mean * scale), strict=True):
-        assert relative(row, expected) < tolerance
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, -0.3, None])
@@ -320,61 +226,3 @@ def test_errors(device):
     stats, v, m = statistics(case)
     with pytest.raises(ValueError, match="t must have shape"):
         gram_backward(v[:3], v, m, stats, case.weight, stats[0], 18, out_dtype=torch.float64)
-
-
-# ----- planted errors -----
-
-PLANTED = {
-    "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
-    "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
-    "an accumulator counted twice": (
-        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base",
-        "        base",
-    ),
-    "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
-    "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),
-    "biased running variance": ("(var * unbiased).to(ACC)", "var"),
-    "T not centred": (
-        "along += tl.sum(w * centred, axis=1)",
-        "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)",
-    ),
-    "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
-    "the wrong sign of P": ("slope = -coeff_a", "slope = coeff_a"),
-    "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
-    "no bias of dz": ("-sum_dz - sum_a", "-sum_a"),
-    "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
-    "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
-}
-
-
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
-    old, new = PLANTED[name]
-    source = Path(kernels.__file__).read_text()
-    assert old in source
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("fused_resnet.kernels.mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    for kernel in [name for name in dir(launcher) if name.endswith("_kernel")]:
-        monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))
-    with pytest.raises(AssertionError):
-        check_everything(device)
-
-
-def check_everything(device):
-    """The checks that the planted errors run: several tiles and runs, rows that do not fill a step, a mean of dz."""
-    case = make_case((3, 15, 13), 20, 40, torch.float32, device, dz_mean=3.0)
-    check_statistics(case)
-    check_gradients(case, 1e-5, 3e-5, config=GemmConfig(16, 16, 64, split=1))
-    case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
-    check_gradients(case, 3e-5, 5e-3)
-    running_var = torch.zeros(40, device=device)
-    statistics(case, running_var=running_var, momentum=1.0)
-    y = matrix(case.a) @ case.weight.double().flatten(1).T
-    assert relative(running_var, y.var(0)) < 1e-5
-
-
-def test_the_checks_pass_without_a_planted_error(device):
-    check_everything(device)

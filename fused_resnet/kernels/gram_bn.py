@@ -1,0 +1,280 @@
+"""BatchNorm of a 1x1 convolution's output from the Gram matrix of its input: statistics, gradients, small matrices.
+
+For y = a Wᵀ with a [M, p] and W [q, p], batch statistics need no y:
+
+    G = aᵀa,  c = Σ rows of a,  m = c / M        ->      mean = W m,  V = W (G / M - m mᵀ),  var = rowsum(V ∘ W)
+
+and neither do the gradients, from T = dzᵀa and dbeta = Σ dz, with A = gamma * rstd and D = T - dbeta ⊗ m:
+
+    dgamma = rstd * rowsum(W ∘ D),   B = -A * rstd * dgamma / M,   dW = A∘D + (B * M)∘V
+    da = dz (A∘W) + a P + bias,      P = Wᵀ(B∘W),   bias = -(dbeta / M) (A∘W) - m P   (of both matrices as rounded)
+
+D is what T would be of a centred input: the mean of dz, which may be 30 times its spread, cancels once and early.
+
+    gram_finalize_kernel     G, c -> stats [4, q], V [q, p], m [p]; the running statistics, in place
+    gram_backward_kernel     T -> dgamma, B, dW, A∘W
+    gram_product_kernel      B -> P
+    gram_bias_kernel         A∘W, P -> bias
+
+A float16 A∘W or P could vanish in its exponent range: both are stored multiplied by a power of two, ``scales`` [2].
+"""
+
+import triton
+import triton.language as tl
+
+from .bn_stats import store_stats, update_running
+
+
+@triton.jit
+def gram_finalize_kernel(
+    g_ptr,
+    c_ptr,
+    w_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
+    stats_ptr,
+    v_ptr,
+    m_ptr,
+    P,
+    Q,
+    inverse_rows: tl.float64,
+    unbiased: tl.float64,
+    eps: tl.float64,
+    momentum: tl.float64,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program per BLOCK_Q output channels.
+
+    M * Cov = G - c mᵀ may cancel most of G. Two fused multiply-adds, with the mean in two parts, round only what is
+    left, as float64 would.
+    """
+    offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_q = offs_q < Q
+    rows_q = offs_q.to(tl.int64)[:, None] * P
+
+    mean = tl.zeros((BLOCK_Q,), dtype=ACC)
+    var = tl.zeros((BLOCK_Q,), dtype=ACC)
+    for start_j in range(0, P, BLOCK_P):
+        offs_j = start_j + offs_p
+        mask_j = offs_j < P
+        exact = tl.load(c_ptr + offs_j, mask=mask_j, other=0.0).to(tl.float64) * inverse_rows
+        m_j = exact.to(ACC)
+        rest_j = (exact - m_j.to(tl.float64)).to(ACC)
+        acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=ACC)
+        for start_i in range(0, P, BLOCK_P):
+            offs_i = start_i + offs_p
+            mask_i = offs_i < P
+            c_i = tl.load(c_ptr + offs_i, mask=mask_i, other=0.0)
+            mask_g = mask_i[:, None] & mask_j[None, :]
+            g = tl.load(g_ptr + offs_i.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_g, other=0.0)
+            spread = tl.fma(-c_i[:, None], m_j[None, :], g)
+            spread = tl.fma(-c_i[:, None], rest_j[None, :], spread)
+            w = tl.load(w_ptr + rows_q + offs_i[None, :], mask=mask_q[:, None] & mask_i[None, :], other=0.0)
+            acc = tl.dot(w.to(ACC), spread, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = (acc * inverse_rows).to(ACC)
+        mask = mask_q[:, None] & mask_j[None, :]
+        w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
+        tl.store(v_ptr + rows_q + offs_j[None, :], acc, mask=mask)
+        mean += tl.sum(w * m_j[None, :], axis=1)
+        var += tl.sum(w * acc, axis=1)
+        if tl.program_id(0) == 0:
+            tl.store(m_ptr + offs_j, m_j, mask=mask_j)
+
+    var = tl.where(var < 0.0, 0.0, var)
+    store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, Q, offs_q, mask_q, HAS_WEIGHT, HAS_BIAS)
+    if HAS_COUNTER:
+        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
+    if HAS_RUNNING_MEAN:
+        update_running(running_mean_ptr, mean, momentum, offs_q, mask_q)
+    if HAS_RUNNING_VAR:
+        update_running(running_var_ptr, (var * unbiased).to(ACC), momentum, offs_q, mask_q)
+
+
+@triton.jit
+def power_of_two(bound, TARGET: tl.constexpr):
+    """The power of two that brings a float32 ``bound`` into [2^TARGET, 2^(TARGET + 1)); within 2^-60 and 2^60."""
+    exponent = (bound.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(254 + TARGET - exponent, 127 - 60), 127 + 60)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gram_backward_kernel(
+    t_ptr,
+    v_ptr,
+    m_ptr,
+    stats_ptr,
+    w_ptr,
+    dbeta_ptr,
+    dgamma_ptr,
+    b_ptr,
+    bound_ptr,
+    dw_ptr,
+    aw_ptr,
+    scales_ptr,
+    P,
+    Q,
+    inverse_rows: tl.float64,
+    SCALED: tl.constexpr,
+    ALL_Q: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dgamma, B, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most."""
+    offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_q = offs_q < Q
+    rows_q = offs_q.to(tl.int64)[:, None] * P
+    rstd = tl.load(stats_ptr + Q + offs_q, mask=mask_q, other=0.0)
+    coeff_a = tl.load(stats_ptr + 2 * Q + offs_q, mask=mask_q, other=0.0)
+    dbeta = tl.load(dbeta_ptr + offs_q, mask=mask_q, other=0.0)
+
+    along = tl.zeros((BLOCK_Q,), dtype=ACC)
+    widest = tl.zeros((BLOCK_Q,), dtype=ACC)
+    for start in range(0, P, BLOCK_P):
+        offs_n = start + offs_p
+        mask_n = offs_n < P
+        mask = mask_q[:, None] & mask_n[None, :]
+        m = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)
+        w = tl.load(w_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0).to(ACC)
+        centred = tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0) - dbeta[:, None] * m[None, :]
+        along += tl.sum(w * centred, axis=1)
+        if SCALED:
+            widest = tl.maximum(widest, tl.max(tl.abs(w), axis=1))
+    dgamma = rstd * along
+    slope = -coeff_a * rstd * dgamma
+    coeff_b = (slope * inverse_rows).to(ACC)
+    tl.store(dgamma_ptr + offs_q, dgamma, mask=mask_q)
+    tl.store(b_ptr + offs_q, coeff_b, mask=mask_q)
+
+    scaled_a = coeff_a
+    if SCALED:
+        tl.store(bound_ptr + offs_q, tl.abs(coeff_b) * widest * widest, mask=mask_q)
+        # abs(A) times the scale is below 16: room for small A, and no overflow for weights below 4094.
+        all_q = tl.arange(0, ALL_Q)
+        largest = tl.max(tl.abs(tl.load(stats_ptr + 2 * Q + all_q, mask=all_q < Q, other=0.0)), axis=0)
+        scale = power_of_two(largest, 3)
+        scaled_a = coeff_a * scale
+        if tl.program_id(0) == 0:
+            tl.store(scales_ptr, scale)
+    for start in range(0, P, BLOCK_P):
+        offs_n = start + offs_p
+        mask_n = offs_n < P
+        mask = mask_q[:, None] & mask_n[None, :]
+        offs = rows_q + offs_n[None, :]
+        m = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)
+        w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(ACC)
+        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+        centred = tl.load(t_ptr + offs, mask=mask, other=0.0) - dbeta[:, None] * m[None, :]
+        dw = coeff_a[:, None] * centred + slope[:, None] * v
+        tl.store(dw_ptr + offs, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+        tl.store(aw_ptr + offs, (scaled_a[:, None] * w).to(aw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gram_product_kernel(
+    w_ptr,
+    b_ptr,
+    bound_ptr,
+    p_ptr,
+    scales_ptr,
+    P,
+    Q,
+    SCALED: tl.constexpr,
+    ALL_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One tile of P = Wᵀ(B∘W), rounded."""
+    tiles = tl.cdiv(P, BLOCK_N)
+    offs_i = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_i = offs_i < P
+    mask_j = offs_j < P
+
+    acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
+    for start in range(0, Q, BLOCK_K):
+        rows = start + offs_k
+        mask_k = rows < Q
+        mask_w = mask_k[:, None]
+        left = tl.load(
+            w_ptr + rows.to(tl.int64)[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0
+        )
+        right = tl.load(
+            w_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0
+        )
+        b = tl.load(b_ptr + rows, mask=mask_k, other=0.0)
+        scaled = b[:, None] * right.to(ACC)
+        acc = tl.dot(tl.trans(left.to(ACC)), scaled, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+    if SCALED:
+        all_q = tl.arange(0, ALL_Q)
+        bound = tl.sum(tl.load(bound_ptr + all_q, mask=all_q < Q, other=0.0), axis=0)
+        scale = power_of_two(bound, 14)
+        acc *= scale
+        if tl.program_id(0) == 0:
+            tl.store(scales_ptr + 1, scale)
+    offs = offs_i.to(tl.int64)[:, None] * P + offs_j[None, :]
+    tl.store(p_ptr + offs, acc.to(p_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
+
+
+@triton.jit
+def gram_bias_kernel(
+    aw_ptr,
+    p_ptr,
+    dbeta_ptr,
+    m_ptr,
+    scales_ptr,
+    bias_ptr,
+    P,
+    Q,
+    inverse_rows: tl.float64,
+    SCALED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """bias = -(dbeta / M) (A∘W) - m P: what the two products of dgrad owe the means of dz and of a."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < P
+
+    of_dz = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
+    for start in range(0, Q, BLOCK_K):
+        rows = start + offs_k
+        mask_k = rows < Q
+        aw = tl.load(
+            aw_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+        )
+        mean = (tl.load(dbeta_ptr + rows, mask=mask_k, other=0.0) * inverse_rows).to(ACC)
+        of_dz += mean[:, None] * aw.to(ACC)
+    of_a = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
+    for start in range(0, P, BLOCK_K):
+        rows = start + offs_k
+        mask_k = rows < P
+        p = tl.load(
+            p_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+        )
+        mean = tl.load(m_ptr + rows, mask=mask_k, other=0.0)
+        of_a += mean[:, None] * p.to(ACC)
+    sum_dz = tl.sum(of_dz, axis=0)
+    sum_a = tl.sum(of_a, axis=0)
+    if SCALED:
+        sum_dz /= tl.load(scales_ptr)
+        sum_a /= tl.load(scales_ptr + 1)
+    tl.store(bias_ptr + offs_n, -sum_dz - sum_a, mask=mask_n)

@@ -1,0 +1,67 @@
+"""Planted errors in the Gram route's kernels: each fails the checks that test_gram.py runs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet.kernels import gram, gram_bn
+from fused_resnet.launch import gram as launcher
+from fused_resnet.plan.config import GemmConfig
+from tests.gram_case import check_gradients, check_statistics, make_case, matrix, relative, statistics
+
+PLANTED = {
+    "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
+    "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
+    "an accumulator counted twice": (
+        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base",
+        "        base",
+    ),
+    "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
+    "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),
+    "biased running variance": ("(var * unbiased).to(ACC)", "var"),
+    "T not centred": (
+        "along += tl.sum(w * centred, axis=1)",
+        "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)",
+    ),
+    "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
+    "the wrong sign of P": ("slope = -coeff_a", "slope = coeff_a"),
+    "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
+    "no bias of dz": ("-sum_dz - sum_a", "-sum_a"),
+    "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
+    "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
+    old, new = PLANTED[name]
+    kernels = next(module for module in (gram, gram_bn) if old in Path(module.__file__).read_text())
+    source = Path(kernels.__file__).read_text()
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("fused_resnet.kernels.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    for kernel in [name for name in dir(kernels) if name.startswith("gram") and name.endswith("_kernel")]:
+        monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))
+    with pytest.raises(AssertionError):
+        check_everything(device)
+
+
+def check_everything(device):
+    """The checks that the planted errors run: several tiles and runs, rows that do not fill a step, a mean of dz."""
+    case = make_case((3, 15, 13), 20, 40, torch.float32, device, dz_mean=3.0)
+    check_statistics(case)
+    check_gradients(case, 1e-5, 3e-5, config=GemmConfig(16, 16, 64, split=1))
+    case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
+    check_gradients(case, 3e-5, 5e-3)
+    running_var = torch.zeros(40, device=device)
+    statistics(case, running_var=running_var, momentum=1.0)
+    y = matrix(case.a) @ case.weight.double().flatten(1).T
+    assert relative(running_var, y.var(0)) < 1e-5
+
+
+def test_the_checks_pass_without_a_planted_error(device):
+    check_everything(device)
