@@ -88,7 +88,7 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
     ours = "none right" if best is None else f"{entry['us']:.0f} us ({entry['us'] / max(entry['floor_us'], 0.01):.2f}x)"
     tile = "" if best is None else f" {best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps} s{best.num_stages}"
     split = f" split {best.split}" if best is not None and best.split > 1 else ""
-    line = f"{ours}, vendor {entry['vendor_us']:.0f} + {entry['passes_us']:.0f}{tile}{split}, {len(calls)} tried"
+    line = f"{ours}, vendor {timings['vendor'].us:.0f} + {entry['passes_us']:.0f}{tile}{split}, {len(calls)} tried"
     if refused or wrong:
         line += f", {len(refused)} refused, {len(wrong)} WRONG"
     heat = {name: round(timing.us, 1) for name, timing in heats.items()}
@@ -104,7 +104,8 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
     return {
         "config": None if best is None else best.to_dict(),
         "us": None if best is None else round(timings[str(best)].us, 2),
-        "vendor_us": round(timings["vendor"].us, 2),
+        # On the Gram route the vendor's convolution is a comparison, not a choice.
+        "vendor_us": None if case.gram else round(timings["vendor"].us, 2),
         "passes_us": round(case.passes_bytes() / (0.9 * context.ceilings["bytes_per_s"]) * 1e6, 2),
         "floor_us": round(floor_us(context.ceilings, nbytes, case.problem.flops), 2),
         "source": f"{str(facts.get('date', ''))[:10]}, {facts.get('commit')}, triton {facts.get('triton')}",
@@ -118,9 +119,9 @@ def finish(context: Context) -> None:
     wins = count = 0
     for case, times in conv_cases(context):
         entry = table.get(tables.problem_key(case.problem), {}).get(case.variant)
-        if entry is None or entry.us is None or entry.vendor_us is None:
+        if entry is None or entry.us is None:
             continue
-        other = entry.vendor_us + entry.passes_us
+        other = entry.us if entry.vendor_us is None else entry.vendor_us + entry.passes_us
         count, wins = count + 1, wins + (not entry.vendor_wins)
         ours, vendor = ours + times * entry.us, vendor + times * other
         chosen += times * min(entry.us, other)

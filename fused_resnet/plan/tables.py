@@ -83,11 +83,6 @@ def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False, gram
     return kind + ("+in" if prologue else "") + ("+out" if epilogue else "") + ("+gram" if gram else "")
 
 
-def gram_pass_name(kind: str) -> str:
-    """The pass of a convolution on the route "gram", where no vendor's kernel can stand in for ours."""
-    return pass_name(kind) + "+gram"
-
-
 def gpu_slug(name: str) -> str:
     """The table's name for a device: ``"NVIDIA H100 80GB HBM3"`` is ``"h100"``."""
     words = re.findall(r"[a-z0-9]+", name.lower())
@@ -125,8 +120,8 @@ def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, T
     """What was measured for ``pass_`` (of :func:`pass_name`) of ``problem`` on ``target`` (a Target or a name).
 
     The nearest thing measured counts where the very thing was not: another batch of the same layer within a factor
-    of four, then another variant of the same pass, one with the same prologue first (but nothing stands in for a pass of
-    the route "gram", nor such a one for another). ``None`` where there is neither.
+    of four, then another variant of the same pass, one with the same prologue first (but nothing stands in for a pass
+    of the route "gram", nor such a one for another). ``None`` where there is neither.
     """
     table = (TABLES if tables is None else tables).get(gpu_slug(target if isinstance(target, str) else target.name))
     if not table:

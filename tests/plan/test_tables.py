@@ -48,6 +48,15 @@ def test_a_variant_stands_in_for_another_of_its_pass() -> None:
     assert tables.lookup(PROBLEM, "dgrad", H100, both) is None
 
 
+def test_nothing_stands_in_for_a_gram_pass() -> None:
+    assert tables.pass_name("dgrad", gram=True) == "dgrad+gram"
+    assert tables.lookup(PROBLEM, "dgrad+gram", H100, table(dgrad=entry(), dgrad_in_out=entry())) is None
+    only = table(dgrad_gram=entry(3, None))
+    assert tables.lookup(PROBLEM, "dgrad", H100, only) is None
+    found = tables.lookup(PROBLEM, "dgrad+gram", H100, only)
+    assert found is not None and found.config == CONFIG and "not measured" in found.reason
+
+
 def test_the_nearest_batch_within_a_factor_of_four() -> None:
     measured = table(fprop=entry())
     assert tables.lookup(replace(PROBLEM, N=64), "fprop", "h100", measured) is not None
