@@ -146,6 +146,12 @@ class _Wrong(_Noted):
     wrong = 1.2
 
 
+def made_up_costs(*_, **__) -> SimpleNamespace:
+    """In place of ``explain``, which has tests of its own."""
+    counted = {"flops": 2.0, "bytes": 2.0, "saved_bytes": 2.0, "launches": 2, "floor_us": 2.0}
+    return SimpleNamespace(**counted, eager=SimpleNamespace(**counted))
+
+
 def stand_in(network: type) -> SimpleNamespace:
     """What the job uses of fused_resnet, with ``network`` for the fused one."""
     return SimpleNamespace(
@@ -160,6 +166,7 @@ def stand_in(network: type) -> SimpleNamespace:
 @pytest.mark.parametrize(("network", "fails"), [(_Noted, 0), (_Wrong, 2), (fr.reference.ResNet, 1)])
 def test_job_with_a_stand_in(network, fails, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "fr", stand_in(network))
+    monkeypatch.setattr(job, "explain", made_up_costs)
     o = options.parse(shlex.split("--epochs 1 --steps 3 --batch-size 16 --limit 80 --lr 0.2"))
     result, said = Result(), []
     job.Job(o, torch.device("cpu"), result, said.append).run()
@@ -192,6 +199,7 @@ def test_job_as_on_a_gpu(compiler, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(job, "fr", stand_in(_Noted))
+    monkeypatch.setattr(job, "explain", made_up_costs)
     monkeypatch.setattr(torch, "compile", compile_model)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
