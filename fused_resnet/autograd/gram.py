@@ -34,7 +34,7 @@ class Output(NamedTuple):
 def forward(
     plan: Plan, layer: Layer, y: Tensor, y_stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None
 ) -> Output:
-    """out = relu(bn(conv(a)) + residual) of the layer behind ``y``, a = relu(bn(y)); a raw projection has its own BN."""
+    """out = relu(bn(conv(a)) + residual), a = relu(bn(y)); a residual with ``residual_stats`` is a raw projection."""
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
     products, sums = gram(y, y_stats[2:], plan.gram.gram)

@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
     ``ys`` are the convs' raw outputs, or with frozen statistics their activations (the last one's is ``out``, and its
     place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both. On
-    the Gram route the last conv has no output: its place in ``ys`` holds W Cov [q, p], and ``input_mean`` is its input's.
+    the Gram route the last conv has no output: its place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's.
     """
 
     out: Tensor

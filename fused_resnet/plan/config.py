@@ -11,7 +11,7 @@ from .target import Target
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile of a GEMM kernel. For wgrad, ``block_m`` tiles Co, ``block_n`` tiles Ci, ``block_k`` tiles the reduced rows."""
+    """Tile of a GEMM kernel. For wgrad, ``block_m`` tiles Co, ``block_n`` Ci, ``block_k`` the reduced rows."""
 
     block_m: int
     block_n: int
@@ -47,7 +47,7 @@ MOST_TAPS = 63
 
 
 def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> tuple[bool, str]:
-    """Whether our ``kind`` ("fprop", "dgrad" or "wgrad") of ``problem`` runs on ``target`` with ``config``, and why not."""
+    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``, and why not."""
     if problem.groups != 1:
         return False, f"a grouped convolution ({problem.groups} groups)"
     stem = problem.is_stem and kind != "dgrad"

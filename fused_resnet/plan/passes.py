@@ -67,7 +67,7 @@ def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> Pas
 
 
 def window_config(channels: int, *, interpreter: bool = False) -> PassConfig:
-    """A pass over pooling windows: ``block_m`` windows at once, a power of two, each with its nine pixels in registers."""
+    """A pass over pooling windows: ``block_m`` of them at once, a power of two, their nine pixels in registers."""
     if interpreter:
         return PassConfig(block_m=4096, block_c=min(next_power_of_2(channels), 512), num_warps=INTERPRETER_WARPS)
     return PassConfig(block_m=16, block_c=min(next_power_of_2(channels), 64))

@@ -21,7 +21,7 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
     reason = "asked for" if route == "reference" else _why_not(problem, target)
     if reason:
         return Plan("reference", reason)
-    why_not_gram = "the staged route was asked for" if route == "staged" else _why_not_gram(problem)
+    why_not_gram = "the staged route was asked for" if route == "staged" else _why_not_gram(problem, route)
     return Plan(
         route="staged" if why_not_gram else "gram",
         reason=why_not_gram or "the last convolution widens: its output need not exist",
@@ -46,10 +46,12 @@ def _why_not(problem: ChainProblem, target: Target) -> str:
 
 MOST_GRAM_WIDTH = 512
 """A wider Gram matrix costs more than the output it saves (half of the convolution's own products at 1024)."""
+GAINFUL_GRAM_WIDTH = 256
+"""Up to here the Gram route is faster on an H100; at 512 the small products and the vendor's convolutions tip the scale."""
 LEAST_GRAM_ROWS = 8
 
 
-def _why_not_gram(problem: ChainProblem) -> str:
+def _why_not_gram(problem: ChainProblem, route: str) -> str:
     """Why the chain's last convolution writes its output, or "" where it need not."""
     last = problem.convs[-1]
     if len(problem.convs) < 2 or not last.is_gemm or last.Co <= last.Ci:
@@ -58,7 +60,7 @@ def _why_not_gram(problem: ChainProblem) -> str:
         return "with frozen statistics the normalisation is the convolution's epilogue already"
     if not problem.relu:
         return "without a ReLU at its end a chain is staged"
-    if last.Ci > MOST_GRAM_WIDTH:
+    if last.Ci > (MOST_GRAM_WIDTH if route == "gram" else GAINFUL_GRAM_WIDTH):
         return f"a Gram matrix {last.Ci} wide costs more than it saves"
     if last.M < LEAST_GRAM_ROWS:
         return f"{last.M} rows are too few for a covariance"
@@ -100,7 +102,7 @@ def chain_plan_text(
     backward: bool,
     route: str,
 ) -> tuple[str, str, str]:
-    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" on the reference route), its route, its reason.
+    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, the reason.
 
     Constants in, constants out: a compiler that traces the caller need not look inside.
     """
@@ -172,7 +174,7 @@ def pass_plan(device: torch.device, dtype: str, elements: int, route: str) -> tu
 
 @lru_cache(maxsize=4096)
 def plan_conv(problem: ConvProblem, target: Target, *, first: bool) -> ConvPlan:
-    """Who runs each pass of one convolution; the ``first`` of a chain reads its input as it is and masks no gradient."""
+    """Who runs each pass of one convolution; the ``first`` of a chain reads its input as it is, masks no gradient."""
     return ConvPlan(problem, *(_choose(problem, kind, target, first) for kind in tables.PASSES))
 
 
@@ -249,7 +251,7 @@ def _tile(columns: int) -> int:
 
 
 def _interpreter_config(problem: ConvProblem, kind: str) -> GemmConfig:
-    # The interpreter's cost is per program and per loop step, not per element: the largest tile that is not mostly padding.
+    # The interpreter's cost is per program and per loop step: the largest tile that is not mostly padding.
     depth = problem.R * problem.run if problem.is_stem and kind != "dgrad" else problem.Ci
     rows, columns = (problem.Co, depth) if kind == "wgrad" else (problem.M, problem.Co if kind == "fprop" else depth)
     reduced = problem.M if kind == "wgrad" else depth if kind == "fprop" else problem.Co

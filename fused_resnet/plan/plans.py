@@ -48,9 +48,9 @@ class GramPlan:
 class ChainProblem:
     """conv -> BN -> ReLU, repeated; the last one with an optional residual before its ReLU.
 
-    ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or "given"
-    (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
-    ``batch_statistics`` tells training-mode BN from frozen statistics; ``backward`` whether a gradient may be asked for.
+    ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or
+    "given" (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
+    ``batch_statistics`` tells training-mode BN from frozen ones; ``backward`` whether a gradient may be asked for.
     """
 
     convs: tuple[ConvProblem, ...]
@@ -65,7 +65,8 @@ class ChainProblem:
 class Plan:
     """A route with its reason; where the route is not "reference", also who runs each convolution.
 
-    ``gram`` is there on the route "gram" and stands for the last convolution's part of ``convs``. ``sm_count`` and ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
+    ``gram`` is there on the route "gram" and stands for the last convolution's part of ``convs``. ``sm_count`` and
+    ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
     """
 
     route: str

@@ -46,8 +46,8 @@ def use_route(route: str, strict: bool = False) -> Iterator[None]:
 
     "auto" lets the planner choose; "staged" runs the Triton kernels of the staged path; "gram" those by which the last
     convolution of a bottleneck never writes its output; "reference" runs plain PyTorch. An operation that cannot take
-    the route runs "auto" instead; with ``strict=True`` it raises :class:`RouteUnavailableError` with the reason. Read in
-    forward only: backward keeps what forward chose.
+    the route runs "auto" instead; with ``strict=True`` it raises :class:`RouteUnavailableError` with the reason. Read
+    in forward only: backward keeps what forward chose.
     """
     before = _requests.current
     _requests.current = RouteRequest(check_route(route), strict)
