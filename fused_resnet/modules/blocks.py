@@ -57,11 +57,11 @@ class BasicBlock(reference.BasicBlock):
 
 
 class Bottleneck(reference.Bottleneck):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut as one operation (He et al. 2015, arXiv 1512.03385, Figure 5, right).
+    """1x1, 3x3 and 1x1 convolutions and a shortcut as one operation (He et al. 2015, 1512.03385, Figure 5, right).
 
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
-    norm_layer=None)``. Input [N, inplanes, H, W], output [N, 4 * planes, ceil(H / stride), ceil(W / stride)]. Children that
-    carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
+    norm_layer=None)``. Input [N, inplanes, H, W], output [N, 4 * planes, ceil(H / stride), ceil(W / stride)]. Children
+    that carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
     """
 
     def forward(self, x: Tensor) -> Tensor:

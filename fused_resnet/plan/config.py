@@ -47,7 +47,7 @@ MOST_TAPS = 63
 
 
 def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> tuple[bool, str]:
-    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``, and why not."""
+    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``; else why."""
     if problem.groups != 1:
         return False, f"a grouped convolution ({problem.groups} groups)"
     stem = problem.is_stem and kind != "dgrad"

@@ -47,7 +47,7 @@ def _why_not(problem: ChainProblem, target: Target) -> str:
 MOST_GRAM_WIDTH = 512
 """A wider Gram matrix costs more than the output it saves (half of the convolution's own products at 1024)."""
 GAINFUL_GRAM_WIDTH = 256
-"""Up to here the Gram route is faster on an H100; at 512 the small products and the vendor's convolutions tip the scale."""
+"""Up to here the Gram route is the faster one on an H100; at 512 the vendor's convolutions and the passes are."""
 LEAST_GRAM_ROWS = 8
 
 
@@ -102,7 +102,7 @@ def chain_plan_text(
     backward: bool,
     route: str,
 ) -> tuple[str, str, str]:
-    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, the reason.
+    """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, and why.
 
     Constants in, constants out: a compiler that traces the caller need not look inside.
     """
