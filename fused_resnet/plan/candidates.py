@@ -18,7 +18,7 @@ from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target
 
-MOST = 14
+MOST = 22
 
 
 class Tile(NamedTuple):
