@@ -173,6 +173,20 @@ def test_saved_tensors(kind: str, relu: bool, training: bool) -> None:
 
 
 @quick
+@pytest.mark.parametrize("kind", ["none", "projection"])
+def test_saved_tensors_of_the_gram_route(kind: str) -> None:
+    """The widest image, the last conv's raw output, is not there; W Cov and the mean of its input are."""
+    case = chain(3, kind)
+    case.route = "gram"
+    case.x = case.x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    first, middle, last = (2 * 30 * 5, 2 * 9 * 6, 2 * 9 * 10)
+    sizes = [case.x.numel(), first, middle, last, 10 * 6, 6, *([last] if kind == "projection" else [])]
+    for conv, bn in [*case.pairs, *([case.projection] if case.projection else [])]:
+        sizes += [conv.weight.numel(), bn.num_features, bn.num_features, 4 * bn.num_features]
+    assert saved_sizes(case.fused) == sorted(sizes)
+
+
+@quick
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
 @pytest.mark.parametrize("name", ["x", "weight", "gamma", "out"])
 def test_editing_a_saved_tensor_in_place_raises(name: str, training: bool) -> None:
