@@ -1,5 +1,6 @@
 """Planted errors in the Gram route's kernels: each fails the checks that test_gram.py runs."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 from fused_resnet.kernels import gram, gram_bn
-from fused_resnet.launch import gram as launcher
 from fused_resnet.plan.config import GemmConfig
 from tests.gram_case import check_gradients, check_statistics, make_case, matrix, relative, statistics
 
@@ -41,6 +41,7 @@ def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
     source = Path(kernels.__file__).read_text()
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))
+    launcher = importlib.import_module(kernels.__name__.replace("kernels", "launch"))
     spec = importlib.util.spec_from_file_location("fused_resnet.kernels.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)

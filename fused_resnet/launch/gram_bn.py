@@ -1,0 +1,228 @@
+"""Launchers of BatchNorm from a Gram matrix: statistics before the convolution runs, gradients without its output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_finalize_kernel, gram_product_kernel
+from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_config, gram_rows_config
+from ..plan.passes import ceil_div
+from .bn_stats import _require_channels
+from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_shape
+from .record import launch
+
+
+class GramGrads(NamedTuple):
+    """What :func:`gram_backward` computes. ``aw`` and ``p`` are multiplied by ``scales`` where those are not None."""
+
+    dw: torch.Tensor
+    dgamma: torch.Tensor
+    dbeta: torch.Tensor
+    aw: torch.Tensor
+    p: torch.Tensor
+    bias: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def gram_finalize(
+    g: torch.Tensor,
+    c: torch.Tensor,
+    rows: int,
+    weight: torch.Tensor,
+    *,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    counter: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(stats [4, q], V = W Cov [q, p], m = c / rows [p]) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
+
+    ``g`` and ``c`` are :func:`gram`'s. The BatchNorm arguments are those of ``bn_finalize``, which this replaces.
+    """
+    q, p = _require_weight(weight)
+    require_shape(g, (p, p), "g")
+    require_shape(c, (p,), "c")
+    require_device(g.device, c=c, weight=weight, counter=counter)
+    require_dtype(g, accumulation_dtype(weight.dtype), "g")
+    if rows < 1:
+        raise ValueError(f"statistics of {rows} rows")
+    if counter is not None and counter.dtype != torch.int64:
+        raise ValueError(f"counter must be int64, got {counter.dtype}")
+    stats = torch.empty((4, q), dtype=g.dtype, device=g.device)
+    _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    v = torch.empty((q, p), dtype=g.dtype, device=g.device)
+    m = torch.empty((p,), dtype=g.dtype, device=g.device)
+    config = gram_finalize_config(p, interpreter=g.device.type == "cpu")
+    running = [t for t in (running_mean, running_var) if t is not None]
+    launch(
+        gram_finalize_kernel,
+        (ceil_div(q, config.block_m),),
+        touched=(g, c, weight, gamma, beta, counter, stats, v, m, *running, *running),
+        flops=2 * q * p * p,
+        config=config,
+        device=g.device,
+        g_ptr=g,
+        c_ptr=c,
+        w_ptr=weight,
+        weight_ptr=gamma,
+        bias_ptr=beta,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        counter_ptr=counter,
+        stats_ptr=stats,
+        v_ptr=v,
+        m_ptr=m,
+        P=p,
+        Q=q,
+        inverse_rows=1.0 / rows,
+        unbiased=rows / max(rows - 1, 1),
+        eps=float(eps),
+        momentum=float(momentum),
+        HAS_WEIGHT=gamma is not None,
+        HAS_BIAS=beta is not None,
+        HAS_RUNNING_MEAN=running_mean is not None,
+        HAS_RUNNING_VAR=running_var is not None,
+        HAS_COUNTER=counter is not None,
+        BLOCK_Q=config.block_m,
+        BLOCK_P=config.block_n,
+        ACC=triton_dtype(g),
+        INPUT_PRECISION=product_precision(g.device),
+    )
+    return stats, v, m
+
+
+def gram_backward(
+    t: torch.Tensor,
+    v: torch.Tensor,
+    m: torch.Tensor,
+    stats: torch.Tensor,
+    weight: torch.Tensor,
+    sum_dz: torch.Tensor,
+    rows: int,
+    *,
+    out_dtype: torch.dtype,
+) -> GramGrads:
+    """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
+
+    ``t`` = dzᵀa ([q, p] or [q, p, 1, 1]) and ``sum_dz`` [q] in the accumulation dtype; ``v``, ``m`` and ``stats`` are
+    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [p, p] (in
+    the weight's dtype), bias [p] with which da = dz AW + a P + bias; for float16 ``scales`` [2], powers of two by which
+    AW and P are multiplied, else None.
+    """
+    q, p = _require_weight(weight)
+    if t.dim() == 4:
+        t = t.flatten(1)
+    acc_dtype = accumulation_dtype(weight.dtype)
+    shapes = {"t": (t, (q, p)), "v": (v, (q, p)), "m": (m, (p,)), "stats": (stats, (4, q)), "sum_dz": (sum_dz, (q,))}
+    for name, (tensor, shape) in shapes.items():
+        require_shape(tensor, shape, name)
+        require_dtype(tensor, acc_dtype, name)
+        require_device(weight.device, **{name: tensor})
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    device = weight.device
+    interpreter = device.type == "cpu"
+    scaled = weight.dtype == torch.float16
+
+    dw = torch.empty((q, p, 1, 1), dtype=out_dtype, device=device, memory_format=torch.channels_last)
+    dgamma, b = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
+    aw = torch.empty((q, p), dtype=weight.dtype, device=device)
+    product = torch.empty((p, p), dtype=weight.dtype, device=device)
+    bias = torch.empty((p,), dtype=acc_dtype, device=device)
+    bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
+    scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
+    common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats)}
+    all_q = triton.next_power_of_2(q) if scaled else 1
+
+    rows_config = gram_rows_config(p, interpreter=interpreter)
+    launch(
+        gram_backward_kernel,
+        (ceil_div(q, rows_config.block_m),),
+        touched=(t, v, m, stats, weight, sum_dz, dgamma, b, bound, dw, aw),
+        flops=0,
+        config=rows_config,
+        device=device,
+        t_ptr=t,
+        v_ptr=v,
+        m_ptr=m,
+        stats_ptr=stats,
+        w_ptr=weight,
+        dbeta_ptr=sum_dz,
+        dgamma_ptr=dgamma,
+        b_ptr=b,
+        bound_ptr=bound,
+        dw_ptr=dw,
+        aw_ptr=aw,
+        scales_ptr=scales,
+        inverse_rows=1.0 / rows,
+        ALL_Q=all_q,
+        BLOCK_Q=rows_config.block_m,
+        BLOCK_P=rows_config.block_c,
+        **common,
+    )
+    product_config = gram_product_config(p, interpreter=interpreter)
+    launch(
+        gram_product_kernel,
+        (ceil_div(p, product_config.block_n) ** 2,),
+        touched=(weight, b, bound, product),
+        flops=2 * q * p * p,
+        config=product_config,
+        device=device,
+        w_ptr=weight,
+        b_ptr=b,
+        bound_ptr=bound,
+        p_ptr=product,
+        scales_ptr=scales,
+        ALL_Q=all_q,
+        BLOCK_N=product_config.block_n,
+        BLOCK_K=product_config.block_k,
+        INPUT_PRECISION=product_precision(device),
+        **common,
+    )
+    bias_config = gram_bias_config(p, interpreter=interpreter)
+    launch(
+        gram_bias_kernel,
+        (ceil_div(p, bias_config.block_c),),
+        touched=(aw, product, sum_dz, m, scales, bias),
+        flops=0,
+        config=bias_config,
+        device=device,
+        aw_ptr=aw,
+        p_ptr=product,
+        dbeta_ptr=sum_dz,
+        m_ptr=m,
+        scales_ptr=scales,
+        bias_ptr=bias,
+        inverse_rows=1.0 / rows,
+        BLOCK_K=bias_config.block_m,
+        BLOCK_N=bias_config.block_c,
+        **common,
+    )
+    return GramGrads(dw, dgamma, sum_dz, aw, product, bias, scales)
+
+
+def _require_weight(weight: torch.Tensor) -> tuple[int, int]:
+    """(q, p) of a 1x1 filter [q, p, 1, 1] whose memory is a dense [q, p]."""
+    require_nhwc(weight, "weight")
+    q, p = weight.shape[:2]
+    require_shape(weight, (q, p, 1, 1), "weight")
+    if q * p >= 2**31:
+        raise ValueError(f"the kernels count weights in 32 bits, too many for them: {tuple(weight.shape)}")
+    return q, p
+
+
+def triton_dtype(t: torch.Tensor) -> tl.dtype:
+    """The accumulation dtype of a kernel whose results are ``t``."""
+    return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def product_precision(device: torch.device) -> str:
+    """How float32 operands multiply: three tf32 products are as good as float32, and run on tensor cores."""
+    return "ieee" if device.type == "cpu" else "tf32x3"
