@@ -28,9 +28,7 @@ def load_matrix(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr
 
 
 @triton.jit
-def masked_rows(
-    acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, scale, shift, stats_ptr, ROWS: tl.constexpr, ACC: tl.constexpr
-):
+def masked_rows(acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, ROWS: tl.constexpr, ACC: tl.constexpr):
     """Stores relu_grad of ``acc`` [BLOCK_N, ROWS], the rows from ``first`` on. Returns its sums, with y - mean too."""
     offs_m = first + tl.arange(0, ROWS)
     mask_m = offs_m < M
@@ -41,6 +39,8 @@ def masked_rows(
     offs = tl.arange(0, ROWS)[:, None] * P + offs_n[None, :]
     x = tl.load(y_ptr + start + offs, mask=mask, other=0.0).to(ACC)
     mean = tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
+    scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
+    shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
     dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
     tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     stored = tl.where(mask_m[:, None], dx, 0.0)
@@ -83,7 +83,6 @@ def gram_dgrad_kernel(
     mask_n = offs_n < P
     # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
     row = tl.minimum(offs_m, M - 1).to(tl.int64)
-    y_rows = y_ptr + row[:, None] * P
 
     dz_ptrs = dz_ptr + row[:, None] * Q + offs_k[None, :]
     aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
@@ -104,9 +103,10 @@ def gram_dgrad_kernel(
     if HAS_SCALES:
         scale_p = tl.load(scales_ptr + 1)
         acc *= scale_p / tl.load(scales_ptr)
-    scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
-    shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
+    y_rows = y_ptr + row[:, None] * P
     if WHOLE:
+        scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
+        shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
         if EVEN_N:
             y = tl.load(y_rows + offs_n[None, :])
         else:
@@ -138,10 +138,8 @@ def gram_dgrad_kernel(
     HALF: tl.constexpr = BLOCK_M // 2
     upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
     first = pid_m * BLOCK_M
-    sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, scale, shift, stats_ptr, HALF, ACC)
-    more, more_products = masked_rows(
-        lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, scale, shift, stats_ptr, HALF, ACC
-    )
+    sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
+    more, more_products = masked_rows(lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
     tile_ptrs = tiles_ptr + pid_m * P + offs_n
     tl.store(tile_ptrs, sums + more, mask=mask_n)
     tl.store(tile_ptrs + num_m * P, products + more_products, mask=mask_n)
