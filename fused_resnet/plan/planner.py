@@ -175,7 +175,25 @@ def pass_plan(device: torch.device, dtype: str, elements: int, route: str) -> tu
 @lru_cache(maxsize=4096)
 def plan_conv(problem: ConvProblem, target: Target, *, first: bool) -> ConvPlan:
     """Who runs each pass of one convolution; the ``first`` of a chain reads its input as it is, masks no gradient."""
-    return ConvPlan(problem, *(_choose(problem, kind, target, first) for kind in tables.PASSES))
+    fprop, dgrad, wgrad = (_choose(problem, kind, target, first) for kind in tables.PASSES)
+    if problem.is_pointwise and dgrad.fused != wgrad.fused:
+        dgrad, wgrad = _together(problem, target, first, dgrad, wgrad)
+    return ConvPlan(problem, fprop, dgrad, wgrad)
+
+
+def _together(problem: ConvProblem, target: Target, first: bool, dgrad: Choice, wgrad: Choice) -> tuple[Choice, Choice]:
+    """Both gradients of a 1x1 by the same hand: the pass that forms dy is paid whole if one of them needs it."""
+    entries = [tables.lookup(problem, _pass_name(problem, kind, first), target) for kind in ("dgrad", "wgrad")]
+    ours = theirs = 0.0
+    for entry in entries:
+        if entry is None or entry.ours is None or entry.us is None or entry.vendor_us is None:
+            return dgrad, wgrad
+        ours, theirs = ours + entry.us, theirs + entry.vendor_us + entry.passes_us
+    times = f"measured, both gradients: ours {ours:.0f} us, the vendor's with its passes {theirs:.0f} us"
+    if theirs < ours:
+        return Choice("vendor", times), Choice("vendor", times)
+    configs = [entry.ours for entry in entries if entry is not None]
+    return Choice("fused", times, configs[0]), Choice("fused", times, configs[1])
 
 
 def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Choice:
@@ -187,11 +205,10 @@ def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Cho
         return Choice("fused", "the interpreter has configurations of its own", config)
     measured = tables.lookup(problem, _pass_name(problem, kind, first), target)
     if measured is not None:
-        times = f"measured: ours {measured.us} us, the vendor's {measured.vendor_us} + {measured.passes_us} us"
-        if measured.vendor_wins or measured.config is None:
-            return Choice("vendor", times)
+        if measured.config is None:
+            return Choice("vendor", measured.reason)
         if supports(problem, kind, target, measured.config)[0]:
-            return Choice("fused", times, measured.config)
+            return Choice("fused", measured.reason, measured.config)
     if problem.is_stem and kind != "dgrad" and problem.stride[1] % 2 == 0 and problem.dtype != "float32":
         return Choice("fused", "on images of few channels the vendor's takes many times what memory does", config)
     if problem.taps > 1:
