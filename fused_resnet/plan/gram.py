@@ -18,12 +18,12 @@ def gram_tiles(p: int, block_n: int) -> int:
 
 
 def gram_config(
-    rows: int, p: int, sm_count: int = 132, *, itemsize: int = 2, sm: int = 90, interpreter: bool = False
+    rows: int, p: int, sm_count: int = 132, *, itemsize: int = 2, sm: int = 80, interpreter: bool = False
 ) -> GemmConfig:
     """The Gram matrix of ``rows`` x ``p``: square tiles ``block_m`` = ``block_n``, ``block_k`` rows at a time.
 
     ``split`` fills the processors once. The partials, written and read once, stay below a quarter of the input,
-    unless that would leave processors idle.
+    unless that would leave processors idle. ``sm``: compute capability; from 90 on, longer steps fit the registers.
     """
     most = 128 if itemsize == 2 else 64
     block_n = min(max(next_power_of_2(p), 16), most)
