@@ -282,11 +282,10 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = ("fprop", "dgrad", "wg
     }
     found = [make[kind]() for kind in kinds]
     if role == "conv3" and p.Ci <= MOST_GRAM_WIDTH:
-        # As the Gram route runs it, which takes this layer over.
         grams = {
             "fprop": ConvCase(p, "fprop", role, affine=True, gram=True),
             "dgrad": ConvCase(p, "dgrad", role, stats=True, gram=True),
             "wgrad": ConvCase(p, "wgrad", role, affine=True, gram=True),
         }
-        found = [grams[kind] for kind in kinds]
+        found += [grams[kind] for kind in kinds]
     return found
