@@ -1,8 +1,8 @@
 """Which configurations are worth measuring for a pass of a convolution, the most likely first.
 
 The lists come from compiling every tile for sm_90 and reading registers, spills and shared memory: most entries let
-two or three programs share a processor, so that one's loads overlap another's products and epilogue. A tile that
-spills in its main loop is in none; a ``maxnreg`` that makes the epilogue spill a few registers may pay.
+two or three programs share a processor, so that one's loads overlap another's products and epilogue. A main loop
+spills next to nothing in any of them; a ``maxnreg`` that makes the epilogue spill a few dozen registers may still pay.
 """
 
 from __future__ import annotations
@@ -122,7 +122,10 @@ def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
 
 def _wgrad(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
     """Output by input channels of one tap or three, reduced over the rows, which are split into parts."""
-    tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:]) if problem.S == 3 else WGRAD
+    if problem.S == 3:
+        tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:])
+    else:  # two prologues beside as many accumulators would spill in the main loop
+        tiles = tuple(tile for tile in WGRAD if tile[:4] not in ((256, 128, 64, 8), (128, 128, 64, 4)))
     tried = 0
     for co, ci, k, warps, stages, row_taps in tiles:
         if co <= max(64, problem.Co) and ci <= max(64, problem.Ci):

@@ -247,6 +247,8 @@ def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfi
             64 if block_n == 128 else 128, block_n, block_k, num_warps=4, num_stages=2 + (problem.taps > 1)
         )
     stages = 2 if problem.taps * reduced <= 128 else 3
+    if problem.is_pointwise and block_n == 128:  # three programs even where the epilogue adds a residual
+        return GemmConfig(64, block_n, block_k, num_warps=4, num_stages=stages)
     return GemmConfig(128, block_n, block_k, num_warps=8 if block_n >= 128 else 4, num_stages=stages)
 
 
