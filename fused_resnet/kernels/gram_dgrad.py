@@ -77,14 +77,16 @@ def gram_dgrad_kernel(
     """``WHOLE``: one N tile holds all of p, and a is one block."""
     pid_m = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = pid_m * BLOCK_M
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < P
     # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
-    row = tl.minimum(offs_m, M - 1).to(tl.int64)
+    row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
+    dz_base = dz_ptr + first.to(tl.int64) * Q
+    y_base = y_ptr + first.to(tl.int64) * P
 
-    dz_ptrs = dz_ptr + row[:, None] * Q + offs_k[None, :]
+    dz_offs = row[:, None] * Q + offs_k[None, :]
     aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
     # Transposed: y*scale + shift then goes to shared memory straight from the layout it was loaded in, and the bias and
     # the rounding are few registers' work.
@@ -92,44 +94,40 @@ def gram_dgrad_kernel(
     for k0 in range(0, Q, BLOCK_K):
         mask_k = offs_k < Q - k0
         if EVEN_Q:
-            dz = tl.load(dz_ptrs)
+            dz = tl.load(dz_base + k0 + dz_offs)
         else:
-            dz = tl.load(dz_ptrs, mask=mask_k[None, :], other=0.0)
-        aw = load_matrix(aw_ptrs, mask_k, mask_n, EVEN_Q, EVEN_N)
+            dz = tl.load(dz_base + k0 + dz_offs, mask=mask_k[None, :], other=0.0)
+        aw = load_matrix(aw_ptrs + k0 * P, mask_k, mask_n, EVEN_Q, EVEN_N)
         acc = tl.dot(tl.trans(aw), tl.trans(dz), acc, input_precision=PRECISION, out_dtype=ACC)
-        dz_ptrs += BLOCK_K
-        aw_ptrs += BLOCK_K * P
 
     if HAS_SCALES:
         scale_p = tl.load(scales_ptr + 1)
         acc *= scale_p / tl.load(scales_ptr)
-    y_rows = y_ptr + row[:, None] * P
     if WHOLE:
         scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
         shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
+        y_offs = row[:, None] * P + offs_n[None, :]
         if EVEN_N:
-            y = tl.load(y_rows + offs_n[None, :])
+            y = tl.load(y_base + y_offs)
         else:
-            y = tl.load(y_rows + offs_n[None, :], mask=mask_n[None, :], other=0.0)
+            y = tl.load(y_base + y_offs, mask=mask_n[None, :], other=0.0)
         a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
         b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        y_ptrs = y_rows + offs_k[None, :]
+        y_offs = row[:, None] * P + offs_k[None, :]
         p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
         for k0 in range(0, P, BLOCK_K):
             mask_k = offs_k < P - k0
             if EVEN_P:
-                y = tl.load(y_ptrs)
+                y = tl.load(y_base + k0 + y_offs)
             else:
-                y = tl.load(y_ptrs, mask=mask_k[None, :], other=0.0)
-            b = load_matrix(p_ptrs, mask_k, mask_n, EVEN_P, EVEN_N)
+                y = tl.load(y_base + k0 + y_offs, mask=mask_k[None, :], other=0.0)
+            b = load_matrix(p_ptrs + k0 * P, mask_k, mask_n, EVEN_P, EVEN_N)
             scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
             shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
             a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
-            y_ptrs += BLOCK_K
-            p_ptrs += BLOCK_K * P
 
     if HAS_SCALES:
         acc *= 1.0 / scale_p
@@ -137,7 +135,6 @@ def gram_dgrad_kernel(
     # Half of the rows after the other: the accumulator keeps rows in registers, so a half costs half of them.
     HALF: tl.constexpr = BLOCK_M // 2
     upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
-    first = pid_m * BLOCK_M
     sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
     more, more_products = masked_rows(lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
     tile_ptrs = tiles_ptr + pid_m * P + offs_n

@@ -17,7 +17,7 @@ def gram_dgrad_config(rows: int, p: int, q: int, target: Target) -> GemmConfig:
     if p <= 64:
         return GemmConfig(128, 64, 64, num_warps=4, num_stages=3, maxnreg=168 if target.sm >= 90 else None)
     if p <= 128 and target.sm >= 90:
-        return GemmConfig(128, 128, 32, num_warps=8, num_stages=4, maxnreg=128)
+        return GemmConfig(128, 128, 64, num_warps=8, num_stages=3, maxnreg=128)
     if p <= 128:
         return GemmConfig(64, 128, 64, num_warps=8, num_stages=3)
     if target.sm >= 90 and p % 256 == 0 and rows // 128 * (p // 256) >= 2 * target.sm_count:
