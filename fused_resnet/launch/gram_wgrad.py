@@ -1,0 +1,102 @@
+"""Launches the weight gradient of a 1x1 convolution whose output was never written, from above its ReLU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernels.conv_wgrad import conv_wgrad_reduce_kernel
+from ..kernels.gram_wgrad import gram_wgrad_kernel
+from ..plan.config import GemmConfig, PassConfig
+from .check import accumulation_dtype, dot_precision, require_device, require_image, require_rows, require_shape
+from .record import launch
+
+
+def gram_wgrad(
+    dout: torch.Tensor,
+    mask: torch.Tensor,
+    y: torch.Tensor,
+    input_affine: torch.Tensor,
+    config: GemmConfig,
+    *,
+    store_dz: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(T [q, p], sum dz [q], dz [N, q, H, W] if ``store_dz``): dzᵀ·a with dz = dout below its ReLU, a = relu(bn(y)).
+
+    ``dout`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC of one dtype. ``mask`` says where the ReLU let dout
+    through: its output, like dout, or bits [N*H*W, ceil(q/8)] (uint8, bit j of byte b for channel 8b + j).
+    ``input_affine`` [2, p] is y's scale and shift. T and the sums are float32 (float64 for float64 data), the same
+    from run to run. Raises ValueError for other shapes and dtypes.
+    """
+    if dout.dim() != 4 or y.dim() != 4:
+        raise ValueError(f"dout and y must have 4 dimensions, got shapes {tuple(dout.shape)} and {tuple(y.shape)}")
+    (N, q, height, width), p = dout.shape, y.shape[1]
+    M = N * height * width
+    has_bits = mask.dtype == torch.uint8
+    require_image(dout, (N, q, height, width), dout, "dout")
+    require_image(y, (N, p, height, width), dout, "y")
+    require_rows(input_affine, 2, p, dout, "input_affine")
+    if has_bits:
+        require_shape(mask, (M, triton.cdiv(q, 8)), "mask")
+        require_device(dout.device, mask=mask)
+        if not mask.is_contiguous():
+            raise ValueError(f"mask must be contiguous, got strides {mask.stride()}")
+    else:
+        require_image(mask, (N, q, height, width), dout, "mask")
+
+    acc, ACC = accumulation_dtype(dout.dtype), tl.float64 if dout.dtype == torch.float64 else tl.float32
+    elements = q * p + q
+    steps = triton.cdiv(triton.cdiv(M, config.block_k), config.split)
+    result = torch.empty(elements, dtype=acc, device=dout.device)
+    partial = result if config.split == 1 else torch.empty((config.split, elements), dtype=acc, device=dout.device)
+    dz = torch.empty_like(dout, memory_format=torch.channels_last) if store_dz else None
+    num_m, num_n = triton.cdiv(q, config.block_m), triton.cdiv(p, config.block_n)
+    launch(
+        gram_wgrad_kernel,
+        (num_m * num_n, config.split),
+        touched=(dout, mask, y, input_affine, dz, partial),
+        flops=2 * M * q * p,
+        config=config,
+        device=dout.device,
+        dout_ptr=dout,
+        mask_ptr=mask,
+        y_ptr=y,
+        affine_ptr=input_affine,
+        dz_ptr=dz,
+        partial_ptr=partial,
+        M=M,
+        P=p,
+        Q=q,
+        num_n=num_n,
+        rows_per_split=steps * config.block_k,
+        HAS_BITS=has_bits,
+        STORE_DZ=store_dz,
+        EVEN_M=M % config.block_k == 0,
+        EVEN_P=p % config.block_n == 0,
+        EVEN_Q=q % config.block_m == 0,
+        ACC=ACC,
+        PRECISION=dot_precision(dout.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    if config.split > 1:
+        block_s = min(32, triton.next_power_of_2(config.split))
+        reduce = PassConfig(block_m=block_s, block_c=2048 // block_s)
+        launch(
+            conv_wgrad_reduce_kernel,
+            (triton.cdiv(elements, reduce.block_c),),
+            touched=(partial, result),
+            flops=0,
+            config=reduce,
+            device=dout.device,
+            partial_ptr=partial,
+            dw_ptr=result,
+            split=config.split,
+            elements=elements,
+            BLOCK_S=reduce.block_m,
+            BLOCK_N=reduce.block_c,
+            ACC=ACC,
+        )
+    return result[: q * p].view(q, p), result[q * p :], dz
