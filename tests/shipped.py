@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, gram, record, ste
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.config import GemmConfig, supports
-from fused_resnet.plan.gram import gram_config
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
+from fused_resnet.plan.plans import ChainProblem
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import Target
 
@@ -41,6 +42,8 @@ class Call:
     options: tuple[tuple[str, int], ...]
     constants: frozenset[str]
     where: str
+    measured: bool
+    """Whether its tile was the fastest of those that were measured on this GPU, for some layer."""
 
     def key(self, exact: bool = True) -> tuple[Any, ...]:
         """What distinguishes two compilations. ``exact`` also tells apart the integers that Triton specialises on."""
@@ -74,9 +77,11 @@ def _specialisation(value: Any, exact: bool) -> str:
 class Capture:
     """Stands in for ``record.launch`` in every launcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target) -> None:
         self.calls: dict[tuple[Any, ...], Call] = {}
         self.where = ""
+        table = tables.TABLES.get(tables.gpu_slug(target.name), {})
+        self.measured = {entry.ours for passes in table.values() for entry in passes.values()}
 
     def __call__(
         self, kernel: Any, grid: Any, *, touched: Any, flops: int, config: Any, device: Any, **arguments: Any
@@ -93,6 +98,7 @@ class Capture:
             tuple(sorted(options.items())),
             frozenset(p.name for p in kernel.params if p.is_constexpr),
             self.where,
+            config in self.measured,
         )
         self.calls.setdefault(call.key(), call)
 
@@ -197,16 +203,23 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
 
 
 def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
-    """The 1x1 that widens, its statistics from the Gram matrix of its input."""
-    x, w, (q, k) = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), (p.Co, p.Ci)
-    row, counter = _rows(1, q)[0], torch.empty((), dtype=torch.int64, device="meta")
-    config = gram_config(p.M, k, target.sm_count, itemsize=x.element_size())
-    for affine in (None, _rows(2, k)):
-        g, c = gram.gram(x, affine, config)
+    """The Gram route of a 1x1 that widens, where the planner offers it: with a residual, raw or a projection's."""
+    before = replace(p, Co=p.Ci)
+    plan = planner.plan_chain(ChainProblem((before, p), residual="given"), target, "gram").gram
+    if plan is None:
+        return
+    x, w, out = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
+    row, counter, affine = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta"), _rows(2, p.Ci)
+    g, c = gram.gram(x, affine, plan.gram)
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
-    gram.gram_backward(_rows(q, k), v, m, stats, w, row, p.M, out_dtype=torch.float32)
+    for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
+        conv_fprop(x, w, p, plan.fprop, input_affine=affine, output_affine=stats[2:], relu=True, **shortcut)
+    products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
+    small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
+    below = _rows(4, p.Ci)
+    gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)
 
 
 def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
@@ -255,7 +268,7 @@ NETWORKS = (
 
 def shipped(target: Target, dtypes: tuple[str, ...], exact: bool) -> list[Call]:
     """The distinct launches on ``target``. Without ``exact``, one of each set of constants."""
-    capture = Capture()
+    capture = Capture(target)
     with capture.intercepting():
         for network in NETWORKS:
             for name in dtypes:
