@@ -5,6 +5,7 @@ networks.
 """
 
 from . import functional, reference
+from .explain import Explanation, explain
 from .launch.record import Launch, record_launches
 from .modules.blocks import BasicBlock, Bottleneck
 from .modules.layers import BNAddReLU, ConvBNReLU, Stem
@@ -34,6 +35,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNReLU",
+    "Explanation",
     "Launch",
     "ResNet",
     "RouteUnavailableError",
@@ -41,6 +43,7 @@ __all__ = [
     "Target",
     "cifar_plain",
     "cifar_resnet",
+    "explain",
     "functional",
     "plain",
     "record_launches",

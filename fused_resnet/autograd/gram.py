@@ -16,6 +16,7 @@ from ..launch.conv_fprop import conv_fprop
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.gram import gram, gram_backward, gram_finalize
 from ..launch.gram_dgrad import gram_dgrad
+from ..launch.gram_wgrad import gram_wgrad
 from ..plan.plans import Plan
 from .layer import Layer, LayerGrad, Needs, operand
 
@@ -29,6 +30,13 @@ class Output(NamedTuple):
     stats: Tensor
     covariance: Tensor
     input_mean: Tensor
+
+
+class Reduced(NamedTuple):
+    """The gradient behind a ReLU, and the tiles of its sums."""
+
+    dz: Tensor
+    tiles: Tensor
 
 
 def forward(
@@ -68,21 +76,28 @@ def forward(
 def backward(
     plan: Plan,
     layer: Layer,
-    dz: Tensor,
-    tiles: Tensor,
     kept: Output,
     y: Tensor,
     y_stats: Tensor,
     needs: Needs,
-) -> tuple[LayerGrad, Tensor, Tensor]:
-    """The layer's gradients, dz of the layer below behind its ReLU's mask, and the tiles of that one's reductions.
+    dout: Tensor,
+    reduced: Reduced | None,
+) -> tuple[LayerGrad, Tensor, Tensor, Tensor]:
+    """The layer's gradients; dz behind its ReLU; dz of the layer below behind its own, and the tiles of its reductions.
 
-    ``dz`` is the gradient behind the last ReLU, ``tiles`` hold its sums; ``y`` and ``y_stats`` are the layer's below.
+    ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a projection
+    shares it); without it the weight gradient forms dz and its sums on the way.
     """
     assert plan.gram is not None
     problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
-    _, sum_dz, _ = bn_grad_finalize(tiles, kept.stats, layer.gamma, problem.M)
-    products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
+    if reduced is None:
+        products, sum_dz, dz = gram_wgrad(dout, kept.out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
+        assert dz is not None
+    else:
+        dz = reduced.dz
+        _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
+        products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
+        products = products.flatten(1)
     small = gram_backward(
         products,
         kept.covariance,
@@ -96,7 +111,6 @@ def backward(
     dz_below, tiles_below = gram_dgrad(
         dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales
     )
-    dw, dgamma, dbeta = (
-        t if wanted else None for t, wanted in zip(small[:3], (needs.weight, needs.bn, needs.bn), strict=True)
-    )
-    return LayerGrad(dw, dgamma, dbeta), dz_below, tiles_below
+    wanted = (needs.weight, needs.bn, needs.bn)
+    dw, dgamma, dbeta = (t if is_wanted else None for t, is_wanted in zip(small[:3], wanted, strict=True))
+    return LayerGrad(dw, dgamma, dbeta), dz, dz_below, tiles_below

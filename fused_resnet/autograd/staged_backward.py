@@ -103,38 +103,49 @@ def backward(
     """(dx, dresidual, gradients of each layer); what is not asked for is None and costs nothing."""
     assert plan.problem is not None
     problem, passes = plan.problem, Passes(plan)
-    batch, last, gram = passes.batch, len(plan.convs) - 1, plan.gram is not None
+    batch, last = passes.batch, len(plan.convs) - 1
+    lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
+    gram = plan.gram is not None and lowest <= last
     grads = [LayerGrad()] * len(layers)
     y_projection = saved.ys[-1] if plan.projection is not None and batch else None
-    dz, tiles = passes.grad_reduce(
-        dout,
-        saved.ys[last] if batch and not gram else None,
-        saved.stats[last],
-        out=saved.out if plan.reads_out else None,
-        residual=y_projection,
-        residual_stats=saved.stats[-1] if y_projection is not None else None,
-        relu=problem.relu,
-    )
-    dresidual = dz if needs_residual and problem.residual == "given" else None
+    if gram and plan.projection is None:
+        reduced = None  # the Gram route's weight gradient forms dz and its sums itself
+    else:
+        reduced = gram_route.Reduced(
+            *passes.grad_reduce(
+                dout,
+                saved.ys[last] if batch and plan.gram is None else None,
+                saved.stats[last],
+                out=saved.out if plan.reads_out else None,
+                residual=y_projection,
+                residual_stats=saved.stats[-1] if y_projection is not None else None,
+                relu=problem.relu,
+            )
+        )
+    if gram:
+        y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
+        assert y is not None and covariance is not None and input_mean is not None
+        kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
+        grads[last], dz_out, dz, tiles = gram_route.backward(
+            plan, layers[last], kept, y, saved.stats[last - 1], needs[last], dout, reduced
+        )
+    else:
+        assert reduced is not None
+        dz, tiles = reduced
+        dz_out = dz
+    dresidual = dz_out if needs_residual and problem.residual == "given" else None
 
     dx_residual, residual_stride = None, (1, 1)
     if problem.residual == "identity":
-        dx_residual = dz
+        dx_residual = dz_out
     elif plan.projection is not None and (needs_x or needs[-1].any):
+        assert reduced is not None
         step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
-        grads[-1], gradient = _layer_backward(passes, step, dz, tiles, row=2 if batch else 1)
+        grads[-1], gradient = _layer_backward(passes, step, reduced.dz, reduced.tiles, row=2 if batch else 1)
         if needs_x:
             dx_residual, residual_stride = _projection_grad(step, gradient)
 
     dx = None
-    lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
-    if gram and lowest <= last:
-        y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
-        assert y is not None and covariance is not None and input_mean is not None
-        kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
-        grads[last], dz, tiles = gram_route.backward(
-            plan, layers[last], dz, tiles, kept, y, saved.stats[last - 1], needs[last]
-        )
     for i in range(last - 1 if gram else last, lowest - 1, -1):
         below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
         assert below is not None

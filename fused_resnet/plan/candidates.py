@@ -122,6 +122,7 @@ def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
 
 def _wgrad(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
     """Output by input channels of one tap or three, reduced over the rows, which are split into parts."""
+    tiles: tuple[tuple[int, ...], ...]
     if problem.S == 3:
         tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:])
     else:  # two prologues beside as many accumulators would spill in the main loop

@@ -10,6 +10,7 @@ from . import tables
 from .config import GemmConfig, supports
 from .gram import gram_config
 from .gram_dgrad import gram_dgrad_config
+from .gram_wgrad import gram_wgrad_config
 from .plans import ChainProblem, Choice, ConvPlan, GramPlan, Plan
 from .problem import ConvProblem
 from .split import wgrad_split
@@ -70,9 +71,12 @@ def _why_not_gram(problem: ChainProblem, route: str) -> str:
 def _gram_plan(last: ConvProblem, target: Target) -> GramPlan:
     itemsize = {"float32": 4, "float64": 8}.get(last.dtype, 2)
     return GramPlan(
-        gram=gram_config(last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter),
+        gram=gram_config(
+            last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
+        ),
         fprop=_measured(last, "fprop", target, default_config(last, "fprop", target)),
         wgrad=_measured(last, "wgrad", target, default_config(last, "wgrad", target)),
+        masked_wgrad=gram_wgrad_config(last, target),
         dgrad=_measured(last, "dgrad", target, gram_dgrad_config(last.M, last.Ci, last.Co, target)),
     )
 

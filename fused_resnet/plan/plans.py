@@ -41,6 +41,9 @@ class GramPlan:
     gram: GemmConfig
     fprop: GemmConfig
     wgrad: GemmConfig
+    """From dz, where a pass formed it for a projection too."""
+    masked_wgrad: GemmConfig
+    """From the gradient above the ReLU: forms dz."""
     dgrad: GemmConfig
 
 
