@@ -30,7 +30,7 @@ SMALL_ONLY = ("bn_finalize", "bn_frozen", "bn_grad_finalize", "gram_reduce")
 REGISTERS = 65_536
 PARKED = 16
 """Bytes a thread: ptxas now and then parks an address or two across the main loop, which costs nothing."""
-MEASURED = 256
+MEASURED = 512
 """Bytes a thread that a tile may spill if it was measured to be the fastest all the same."""
 THREADS = 2048
 
