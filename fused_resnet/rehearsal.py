@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .launch.record import Launch, record_launches
+from .launch.record import Launch, rehearse_launches
 from .plan.cost import Cost, eager_costs
 from .plan.plans import Plan, decode
 
@@ -225,7 +225,7 @@ class _Stage(TorchDispatchMode):
             args, kwargs = tree_map(
                 lambda value: value.build() if isinstance(value, _Described) else value, (args, kwargs)
             )
-            with record_launches() as launches, torch.no_grad():
+            with rehearse_launches() as launches, torch.no_grad():
                 func.redispatch(keys, *args, **kwargs)
             share.launches += launches
             share.plans.append(decode(args[0]) if args and isinstance(args[0], str) else None)

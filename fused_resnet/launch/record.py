@@ -27,8 +27,13 @@ class Launch(NamedTuple):
     config: dict[str, Any]
 
 
+class _Rehearsal(threading.local):
+    launches: list[Launch] | None = None
+
+
 _lock = threading.Lock()
 _recorders: list[list[Launch]] = []
+_rehearsal = _Rehearsal()
 
 
 @contextmanager
@@ -47,6 +52,17 @@ def record_launches() -> Iterator[list[Launch]]:
             _recorders[:] = [recorder for recorder in _recorders if recorder is not launches]
 
 
+@contextmanager
+def rehearse_launches() -> Iterator[list[Launch]]:
+    """Like :func:`record_launches`, for what this thread does on ``meta`` tensors; no other record sees any of it."""
+    launches: list[Launch] = []
+    before, _rehearsal.launches = _rehearsal.launches, launches
+    try:
+        yield launches
+    finally:
+        _rehearsal.launches = before
+
+
 def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
     """Bytes of tensors (whole) and of plain byte counts; ``None`` counts nothing."""
     total = 0
@@ -62,11 +78,15 @@ def note(
     kernel: str, flops: int, touched: Iterable[torch.Tensor | int | None], config: Config | dict[str, Any]
 ) -> None:
     """Adds one entry to every open record. Costs nothing when none is open."""
-    if _recorders:
-        entry = Launch(kernel, flops, nbytes(touched), config if isinstance(config, dict) else config.to_dict())
-        with _lock:
-            for recorder in _recorders:
-                recorder.append(entry)
+    if not _recorders and _rehearsal.launches is None:
+        return
+    entry = Launch(kernel, flops, nbytes(touched), config if isinstance(config, dict) else config.to_dict())
+    if _rehearsal.launches is not None:
+        _rehearsal.launches.append(entry)
+        return
+    with _lock:
+        for recorder in _recorders:
+            recorder.append(entry)
 
 
 def launch(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_resnet.launch.record import Launch, launch, nbytes, note, record_launches
+from fused_resnet.launch.record import Launch, launch, nbytes, note, record_launches, rehearse_launches
 from fused_resnet.plan.config import GemmConfig, PassConfig
 
 pytestmark = pytest.mark.quick
@@ -109,3 +109,16 @@ def test_recording_from_many_threads_loses_nothing():
         for thread in threads:
             thread.join()
     assert len(launches) == 1600
+
+
+def test_a_rehearsal_reaches_no_other_record():
+    with record_launches() as real:
+        run(Kernel("before"))
+        with rehearse_launches() as rehearsed:
+            run(Kernel("rehearsed"), device="meta")
+            other = threading.Thread(target=run, args=(Kernel("meanwhile"),))
+            other.start()
+            other.join()
+        run(Kernel("after"))
+    assert [entry.kernel for entry in real] == ["before", "meanwhile", "after"]
+    assert [entry.kernel for entry in rehearsed] == ["rehearsed"]
