@@ -64,7 +64,10 @@ def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig
     if stem and kind == "fprop" and config.block_k % problem.run:
         return False, f"a step takes whole rows of the filter, {problem.run} elements each: {config}"
     itemsize = 4 if problem.dtype == "float32" else 2
-    operands = itemsize * config.num_stages * config.block_k * (config.block_m + config.block_n)
+    staged = config.block_m + config.block_n
+    if kind == "dgrad" and problem.is_pointwise:
+        staged += config.block_m  # y, beside dz
+    operands = itemsize * config.num_stages * config.block_k * staged
     if not target.interpreter and operands > target.shared_memory:
         return False, f"{operands} bytes of shared memory, of {target.shared_memory}"
     return True, "supported"
