@@ -22,8 +22,7 @@ PACKAGE = Path(__file__).parent.parent / "fused_resnet"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "reference": {"reference"},
-    # target.py looks at a kernel to tell whether it was built for the interpreter
-    "plan": {"plan", "kernels"},
+    "plan": {"plan"},
     # launchers take the frozen descriptions that plan/ makes; they never ask it to decide
     "launch": {"launch", "kernels", "plan"},
     "autograd": {"autograd", "launch", "plan", "reference"},
