@@ -22,6 +22,7 @@ from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram_dgrad import gram_dgrad
+from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
@@ -217,6 +218,8 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
         conv_fprop(x, w, p, plan.fprop, input_affine=affine, output_affine=stats[2:], relu=True, **shortcut)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
+    for mask in (out, torch.empty((p.M, -(-p.Co // 8)), dtype=torch.uint8, device="meta")):
+        gram_wgrad(out, mask, x, affine, plan.masked_wgrad, store_dz=True)
     small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
     below = _rows(4, p.Ci)
     gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)

@@ -144,9 +144,9 @@ class TestPlans:
         with torch.device("meta"):
             model = fr.resnet50().to(memory_format=torch.channels_last)
         explanation = explain(model, (256, 3, 224, 224), target="h100")
-        assert explanation.bytes < 0.75 * explanation.eager.bytes
-        assert explanation.saved_bytes < 0.85 * explanation.eager.saved_bytes
-        assert explanation.flops == pytest.approx(explanation.eager.flops, rel=0.001)
+        assert explanation.bytes < 0.55 * explanation.eager.bytes
+        assert explanation.saved_bytes < 0.6 * explanation.eager.saved_bytes
+        assert 1.0 < explanation.flops / explanation.eager.flops < 1.06  # the Gram matrices, and the products behind
         assert explanation.floor_us < explanation.eager.floor_us
         assert sum(row.source == "fused" and row.kind == "Bottleneck" for row in explanation.rows) == 16
         assert sum(row.name == GLUE for row in explanation.rows) == 1

@@ -93,6 +93,7 @@ def backward(
     if reduced is None:
         products, sum_dz, dz = gram_wgrad(dout, kept.out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
         assert dz is not None
+        sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:
         dz = reduced.dz
         _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
