@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.conv_wgrad import conv_wgrad_reduce_kernel
 from ..kernels.gram_wgrad import gram_wgrad_kernel
-from ..plan.config import GemmConfig, PassConfig
+from ..plan.config import GemmConfig
 from .check import accumulation_dtype, dot_precision, require_device, require_image, require_rows, require_shape
+from .conv_wgrad import add_parts
 from .record import launch
 
 
@@ -82,21 +82,5 @@ def gram_wgrad(
         BLOCK_K=config.block_k,
     )
     if config.split > 1:
-        block_s = min(32, triton.next_power_of_2(config.split))
-        reduce = PassConfig(block_m=block_s, block_c=2048 // block_s)
-        launch(
-            conv_wgrad_reduce_kernel,
-            (triton.cdiv(elements, reduce.block_c),),
-            touched=(partial, result),
-            flops=0,
-            config=reduce,
-            device=dout.device,
-            partial_ptr=partial,
-            dw_ptr=result,
-            split=config.split,
-            elements=elements,
-            BLOCK_S=reduce.block_m,
-            BLOCK_N=reduce.block_c,
-            ACC=ACC,
-        )
+        add_parts(partial, result)
     return result[: q * p].view(q, p), result[q * p :], dz

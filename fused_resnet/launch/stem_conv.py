@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.conv_wgrad import conv_wgrad_reduce_kernel
 from ..kernels.stem_conv import stem_conv_fprop_kernel, stem_conv_wgrad_kernel, stem_pad_kernel
 from ..plan.config import GemmConfig, PassConfig
 from ..plan.problem import ConvProblem
 from .check import DTYPES, accumulation_dtype, dot_precision, require_image
+from .conv_wgrad import add_parts
 from .record import launch
 from .tiles import StatTiles
 
@@ -119,24 +119,7 @@ def stem_conv_wgrad(
         BLOCK_K=config.block_k,
     )
     if config.split > 1:
-        # Few outputs with many parts, or the reverse: 2048 partials a program either way.
-        block_s = min(32, triton.next_power_of_2(config.split))
-        reduce = PassConfig(block_m=block_s, block_c=2048 // block_s)
-        launch(
-            conv_wgrad_reduce_kernel,
-            (triton.cdiv(elements, reduce.block_c),),
-            touched=(partial, dw),
-            flops=0,
-            config=reduce,
-            device=x.device,
-            partial_ptr=partial,
-            dw_ptr=dw,
-            split=config.split,
-            elements=elements,
-            BLOCK_S=reduce.block_m,
-            BLOCK_N=reduce.block_c,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32,
-        )
+        add_parts(partial, dw)
     return dw
 
 
