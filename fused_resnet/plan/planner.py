@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -116,24 +117,13 @@ def chain_plan_text(
     found = current(device)
     if found is None:
         return "", "reference", why_not(device) or "no target"
-    return _chain_text(found, dtype, shape, convs, projection, residual, relu, batch_statistics, backward, route)
+    return _chain_text(found, route, dtype, shape, convs, projection, residual, relu, batch_statistics, backward)
 
 
 @lru_cache(maxsize=4096)
-def _chain_text(
-    found: Target,
-    dtype: str,
-    shape: tuple[int, int, int, int],
-    convs: tuple[Geometry, ...],
-    projection: Geometry | None,
-    residual: str,
-    relu: bool,
-    batch_statistics: bool,
-    backward: bool,
-    route: str,
-) -> tuple[str, str, str]:
-    problem = chain_problem(dtype, shape, convs, projection, residual, relu, batch_statistics, backward)
-    plan = plan_chain(problem, found, route)
+def _chain_text(found: Target, route: str, *problem: Any) -> tuple[str, str, str]:
+    """``problem``: :func:`chain_problem`'s arguments, which unlike what it makes of them cost little to look up."""
+    plan = plan_chain(chain_problem(*problem), found, route)
     return ("" if plan.route == "reference" else plan.encode()), plan.route, plan.reason
 
 
