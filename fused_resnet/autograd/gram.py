@@ -18,7 +18,7 @@ from ..launch.gram import gram, gram_backward, gram_finalize
 from ..launch.gram_dgrad import gram_dgrad
 from ..launch.gram_wgrad import gram_wgrad
 from ..plan.plans import Plan
-from .layer import Layer, LayerGrad, Needs, operand
+from .layer import Layer, LayerGrad, Needs, Reduced, operand
 
 Tensor = torch.Tensor
 
@@ -30,13 +30,6 @@ class Output(NamedTuple):
     stats: Tensor
     covariance: Tensor
     input_mean: Tensor
-
-
-class Reduced(NamedTuple):
-    """The gradient behind a ReLU, and the tiles of its sums."""
-
-    dz: Tensor
-    tiles: Tensor
 
 
 def forward(
@@ -82,8 +75,9 @@ def backward(
     needs: Needs,
     dout: Tensor,
     reduced: Reduced | None,
-) -> tuple[LayerGrad, Tensor, Tensor, Tensor]:
-    """The layer's gradients; dz behind its ReLU; dz of the layer below behind its own, and the tiles of its reductions.
+    wants_dgrad: bool,
+) -> tuple[LayerGrad, Tensor, Reduced | None]:
+    """The layer's gradients; dz behind its ReLU; and, if wanted, the same behind the ReLU of the layer below.
 
     ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a projection
     shares it); without it the weight gradient forms dz and its sums on the way.
@@ -109,9 +103,11 @@ def backward(
         problem.M,
         out_dtype=layer.weight.dtype,
     )
-    dz_below, tiles_below = gram_dgrad(
-        dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales
-    )
+    below = None
+    if wants_dgrad:
+        below = Reduced(
+            *gram_dgrad(dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales)
+        )
     wanted = (needs.weight, needs.bn, needs.bn)
     dw, dgamma, dbeta = (t if is_wanted else None for t, is_wanted in zip(small[:3], wanted, strict=True))
-    return LayerGrad(dw, dgamma, dbeta), dz, dz_below, tiles_below
+    return LayerGrad(dw, dgamma, dbeta), dz, below

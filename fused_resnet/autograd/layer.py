@@ -47,6 +47,13 @@ class LayerGrad(NamedTuple):
     beta: Tensor | None = None
 
 
+class Reduced(NamedTuple):
+    """The gradient behind a ReLU, and the tiles of its sums."""
+
+    dz: Tensor
+    tiles: Tensor
+
+
 class Passes:
     """The bandwidth-bound kernels with the configurations that the plan's target wants."""
 

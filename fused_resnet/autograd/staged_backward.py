@@ -19,7 +19,7 @@ from ..launch.record import note
 from ..launch.stem_conv import stem_conv_wgrad
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
-from .layer import Layer, LayerGrad, Needs, Passes, operand
+from .layer import Layer, LayerGrad, Needs, Passes, Reduced, operand
 from .staged_forward import Saved
 
 Tensor = torch.Tensor
@@ -111,7 +111,7 @@ def backward(
     if gram and plan.projection is None:
         reduced = None  # the Gram route's weight gradient forms dz and its sums itself
     else:
-        reduced = gram_route.Reduced(
+        reduced = Reduced(
             *passes.grad_reduce(
                 dout,
                 saved.ys[last] if batch and plan.gram is None else None,
@@ -126,13 +126,12 @@ def backward(
         y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
         assert y is not None and covariance is not None and input_mean is not None
         kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
-        grads[last], dz_out, dz, tiles = gram_route.backward(
-            plan, layers[last], kept, y, saved.stats[last - 1], needs[last], dout, reduced
+        grads[last], dz_out, pending = gram_route.backward(
+            plan, layers[last], kept, y, saved.stats[last - 1], needs[last], dout, reduced, wants_dgrad=lowest < last
         )
     else:
         assert reduced is not None
-        dz, tiles = reduced
-        dz_out = dz
+        dz_out, pending = reduced.dz, reduced
     dresidual = dz_out if needs_residual and problem.residual == "given" else None
 
     dx_residual, residual_stride = None, (1, 1)
@@ -141,14 +140,14 @@ def backward(
     elif plan.projection is not None and (needs_x or needs[-1].any):
         assert reduced is not None
         step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
-        grads[-1], gradient = _layer_backward(passes, step, reduced.dz, reduced.tiles, row=2 if batch else 1)
+        grads[-1], gradient = _layer_backward(passes, step, *reduced, row=2 if batch else 1)
         if needs_x:
             dx_residual, residual_stride = _projection_grad(step, gradient)
 
     dx = None
     for i in range(last - 1 if gram else last, lowest - 1, -1):
         below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
-        assert below is not None
+        assert below is not None and pending is not None
         step = _Step(
             conv=plan.convs[i],
             layer=layers[i],
@@ -159,9 +158,9 @@ def backward(
             needs=needs[i],
             wants_dgrad=needs_x or lowest < i,
         )
-        grads[i], gradient = _layer_backward(passes, step, dz, tiles, row=1)
+        grads[i], gradient = _layer_backward(passes, step, *pending, row=1)
         if step.wants_dgrad and below_stats is not None:
-            dz, tiles = _masked_dgrad(passes, step, below_stats, gradient)
+            pending = Reduced(*_masked_dgrad(passes, step, below_stats, gradient))
         elif step.wants_dgrad:
             weight = operand(step.layer.weight, x.dtype)
             dx = input_grad(step.conv, weight, x, gradient, dx_residual, residual_stride)

@@ -152,6 +152,18 @@ def test_gram_one_gradient_alone(wanted: int) -> None:
     compare(case)
 
 
+def test_gram_trains_its_last_layer_without_the_gradient_of_those_below() -> None:
+    case = chain(3, "given")
+    case.route = "gram"
+    last = {p for module in case.pairs[2] for p in module.parameters()}
+    for t in (case.x, case.residual, *(p for m in case.modules for p in m.parameters())):
+        t.requires_grad_(t in last)
+    with fr.record_launches() as launches:
+        compare(case)
+    ran = {launch.kernel for launch in launches}
+    assert "gram_wgrad_kernel" in ran and "gram_dgrad_kernel" not in ran
+
+
 def test_gram_auto_takes_it_and_strict_says_why_not() -> None:
     case = chain(3, "none")
     case.route = "auto"
