@@ -33,6 +33,7 @@ STAGES = {
     "blocks": (1.5, 60),
     "step": (2.5, 100),
     "profile": (1.0, 60),
+    "models": (4.0, 100),
     "tune": (6.0, 120),
 }
 """In order of value: how many minutes a stage may take, after how many seconds an item of it is given up."""

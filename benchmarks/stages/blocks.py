@@ -22,7 +22,7 @@ from tests import numerics
 from ..errors import exact_float32
 from ..harness import Context, Item
 
-BATCH = 32
+BATCH = 16
 STEM_SLACK = 1.25
 
 BLOCKS: tuple[tuple[str, int, int, int, int], ...] = (

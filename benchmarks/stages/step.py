@@ -20,12 +20,15 @@ LOSS_TOLERANCE = 0.02
 
 
 def items(context: Context) -> Iterator[Item]:
-    yield "resnet50", lambda: _compare(context, 50)
-    yield "resnet18", lambda: _compare(context, 18)
-    yield "resnet50 compiled", lambda: _compare(context, 50, compiled=True)
+    yield "resnet50", lambda: compare(context, 50)
+    yield "resnet18", lambda: compare(context, 18)
+    yield "resnet50 compiled", lambda: compare(context, 50, compiled=True)
 
 
-def _compare(context: Context, depth: int, *, compiled: bool = False) -> dict[str, Any]:
+def compare(
+    context: Context, depth: int, batch: int = 256, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """One model at one batch: what the candidates reach, their peak memory, and whether their losses agree."""
     torch.manual_seed(0)
     theirs = networks.torchvision_resnet(depth, context.dry)
     ours = networks.fused_resnet(depth, context.dry)
@@ -44,7 +47,9 @@ def _compare(context: Context, depth: int, *, compiled: bool = False) -> dict[st
     for name, (model, graph, compile_options) in makers.items():
         torch.manual_seed(1)
         try:
-            one = Training(copy.deepcopy(model), context.device, 256, 224, compile_options=compile_options)
+            one = Training(
+                copy.deepcopy(model), context.device, batch, 224, dtype=dtype, compile_options=compile_options
+            )
             steps[name] = one.prepare(graph=graph)
         except Exception as error:  # the others' times still say something
             failed[name] = f"{type(error).__name__}: {error}"[:500]
@@ -61,5 +66,5 @@ def _compare(context: Context, depth: int, *, compiled: bool = False) -> dict[st
     apart = {name: max(abs(a / b - 1) for a, b in zip(values, first, strict=True)) for name, values in losses.items()}
     worst = max(apart.values())
     line += f" | losses within {worst:.1e}" + (" WRONG" if not worst <= LOSS_TOLERANCE else "")
-    return {"batch": 256, "size": 224, "candidates": results, "losses": losses, "failed": failed,
+    return {"batch": batch, "size": 224, "candidates": results, "losses": losses, "failed": failed,
             "ok": worst <= LOSS_TOLERANCE and not failed, "line": line}  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -18,7 +19,9 @@ from benchmarks import device, harness, ship
 from benchmarks.device import ROOT, DryDevice
 from fused_resnet.plan import tables
 
-LIMITS = {"facts": 0, "baselines": 2, "layers": 3, "kernels": 15, "blocks": 1, "step": 1, "profile": 1, "tune": 2}
+LIMITS = {
+    "facts": 0, "baselines": 2, "layers": 3, "kernels": 15, "blocks": 1, "step": 1, "profile": 1, "models": 1, "tune": 2
+}  # fmt: skip
 
 
 def gpu_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -167,3 +170,25 @@ def test_shipping_keeps_what_was_measured_before(tmp_path: Path) -> None:
     }
     assert "results" not in written and "cpus" not in written["facts"]
     assert tables.parse(written)["two"]["fprop"].vendor_wins
+
+
+@pytest.mark.quick
+def test_launches_find_their_times_in_the_last_step_of_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    from torch.autograd import DeviceType
+
+    from benchmarks.stages import profile
+    from fused_resnet.launch.record import Launch
+
+    def event(name: str, start: int, us: float, device: DeviceType = DeviceType.CUDA) -> Any:
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start), device_type=device, device_time_total=us
+        )
+
+    recorded = [Launch(name, 0, 3_000_000, {"block_m": 64}) for name in ("a", "b", "a", "elsewhere")]
+    events = [event("a", 3, 30.0), event("a", 1, 10.0), event("b", 2, 20.0), event("a", 0, 9.0, DeviceType.CPU)]
+    events += [event("a", 13, 31.0), event("a", 11, 11.0), event("b", 12, 21.0), event("elsewhere", 14, 1.0)]
+    times = profile._launch_times(SimpleNamespace(events=lambda: events), recorded, steps=2)
+    assert times == [11.0, 21.0, 31.0, None]  # the last name came once in two steps: it is not ours alone
+    rows = [{**launch._asdict(), "us": us, "floor_us": 1.0} for launch, us in zip(recorded, times, strict=True)]
+    profile._print_gaps("ours", rows)
+    assert "2 x    21.0 us, floor    1.0 (21.0x)" in capsys.readouterr().out
