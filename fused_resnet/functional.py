@@ -112,12 +112,13 @@ def bn_add_relu(
     request = _request(route)
     sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), index(y.numel()), request.route)
     if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
-        return _reference_bn_act(y, _count(bn), residual, relu)
-    counted = _count(bn)
+        _count(bn)
+        return _reference_bn_act(y, bn, residual, relu)
+    _count(bn)
     channels_last = _is_channels_last(y)
     y, residual = _nhwc(y), None if residual is None else _nhwc(residual.to(y.dtype))
     settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter)
-    out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(counted))
+    out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -149,10 +150,11 @@ def stem(
         request.route,
     )
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
-        return torch.nn.functional.max_pool2d(_reference_layer(x, conv, _count(bn), None, True), 3, 2, 1)
+        _count(bn)
+        return torch.nn.functional.max_pool2d(_reference_layer(x, conv, bn, None, True), 3, 2, 1)
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
-    counted = _count(bn)
-    out = stem_op.stem(text, _momentum(bn), bn.eps, _nhwc(x.to(dtype)), weight, *_bn_tensors(counted))
+    _count(bn)
+    out = stem_op.stem(text, _momentum(bn), bn.eps, _nhwc(x.to(dtype)), weight, *_bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -207,9 +209,9 @@ def _chain(
         return _reference_chain(x, layers, projection, residual, kind, relu)
 
     channels_last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv, _ in everything)
-    counted = [(conv, _count(bn)) for conv, bn in everything]
+    _count(*(bn for _, bn in everything))
     slots: list[Tensor | None] = [None] * (chain.SLOTS * len(chain.FIELDS))
-    for i, (conv, bn) in enumerate(counted):
+    for i, (conv, bn) in enumerate(everything):
         first = (chain.SLOTS - 1 if projection is not None and i == len(layers) else i) * len(chain.FIELDS)
         slots[first : first + len(chain.FIELDS)] = [conv.weight, *_bn_tensors(bn)]
     out = chain.conv_chain(
@@ -251,15 +253,15 @@ def _reference_chain(
     kind: str,
     relu: bool,
 ) -> Tensor:
-    counted = [(conv, _count(bn)) for conv, bn in layers]
+    _count(*(bn for _, bn in (*layers, *([projection] if projection else []))))
     a = x
-    for conv, bn in counted[:-1]:
+    for conv, bn in layers[:-1]:
         a = _reference_layer(a, conv, bn, None, True)
     if projection is not None:
-        residual = _reference_layer(x, projection[0], _count(projection[1]), None, False)
+        residual = _reference_layer(x, *projection, None, False)
     elif kind == "identity":
         residual = x
-    return _reference_layer(a, *counted[-1], residual, relu)
+    return _reference_layer(a, *layers[-1], residual, relu)
 
 
 def _reference_layer(x: Tensor, conv: Conv, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
@@ -365,11 +367,14 @@ def _momentum(bn: BatchNorm) -> float:
     return 0.0 if bn.momentum is None else float(bn.momentum)
 
 
-def _count(bn: BatchNorm) -> BatchNorm:
-    """Counts one batch more; the caller has checked everything that could still go wrong."""
-    if bn.num_batches_tracked is not None and bn.training:
-        bn.num_batches_tracked.add_(1)
-    return bn
+def _count(*bns: BatchNorm) -> None:
+    """Counts one batch more, in one launch; the caller has checked everything that could still go wrong."""
+    counters = [bn.num_batches_tracked for bn in bns if bn.num_batches_tracked is not None and bn.training]
+    if len({id(counter) for counter in counters}) < len(counters):  # one BatchNorm in two places counts twice
+        for counter in counters:
+            counter.add_(1)
+    elif counters:
+        torch._foreach_add_(counters, 1)
 
 
 # ---------------------------------------------------------------- routes
