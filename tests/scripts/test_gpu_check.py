@@ -19,9 +19,7 @@ from benchmarks import device, harness, ship
 from benchmarks.device import ROOT, DryDevice
 from fused_resnet.plan import tables
 
-LIMITS = {
-    "facts": 0, "baselines": 2, "layers": 3, "kernels": 15, "blocks": 1, "step": 1, "profile": 1, "models": 1, "tune": 2
-}  # fmt: skip
+LIMITS = dict.fromkeys(harness.STAGES, 1) | {"facts": 0, "baselines": 2, "layers": 3, "kernels": 15, "tune": 2}
 
 
 def gpu_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
