@@ -10,7 +10,8 @@ from torch import nn
 
 import fused_resnet as fr
 from benchmarks import problems
-from benchmarks.cases import ConvCase, cases
+from benchmarks.cases import ConvCase
+from benchmarks.roles import cases
 from fused_resnet.explain import explain
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan import planner, tables
@@ -18,7 +19,7 @@ from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.target import H100, Assumption, assume
 
 LAYERS = [layer for layer in problems.layers(50) if layer.role != "stem"]
-CASES = {case.kind: case for case in cases(LAYERS[2])}
+CASES = {case.kind: case for case in cases(LAYERS[2]) if not case.gram}
 
 
 def bench_plan_conv(benchmark: Any) -> None:

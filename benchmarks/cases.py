@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_resnet.launch import vendor
+from fused_resnet.launch.bn_act_grad import bn_act_grad_reduce, bn_grad_apply, bn_grad_finalize
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
+from fused_resnet.launch.gram import gram
 from fused_resnet.launch.gram_dgrad import gram_dgrad
+from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.launch.stem_conv import stem_conv_fprop, stem_conv_wgrad
 from fused_resnet.plan.candidates import candidates, gram_candidates
 from fused_resnet.plan.config import GemmConfig
-from fused_resnet.plan.planner import MOST_GRAM_WIDTH
+from fused_resnet.plan.passes import pass_config, reduce_config
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.tables import pass_name
 from fused_resnet.plan.target import Target
@@ -56,12 +58,25 @@ class ConvCase:
     """dgrad of a strided 1x1: on the pixels that it sampled alone. Whoever adds it elsewhere knows the stride."""
 
     gram: bool = False
-    """The Gram route's: fprop ends in BN, residual and ReLU, dgrad is one product over [dz | a]."""
+    """The Gram route's: fprop ends in BN, residual and ReLU, dgrad is one product over [dz | a]; or the Gram matrix."""
+    masked: bool = False
+    """The Gram route's wgrad forms dz from the gradient above the ReLU, writes and sums it."""
+    formed: bool = False
+    """dy was formed by a pass before."""
 
     def candidates(self, target: Target) -> list[GemmConfig]:
         """Configurations worth measuring, the planner's default first."""
-        pick = gram_candidates if self.gram and self.kind == "dgrad" else candidates
-        return pick(self.problem, self.kind, target)
+        if self.gram and (self.kind in ("dgrad", "gram") or self.masked):
+            return gram_candidates(self.problem, self.kind, target)
+        return candidates(self.problem, self.kind, target, formed=self.formed or (self.gram and self.kind == "wgrad"))
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors, each once."""
+        p, itemsize = self.problem, self.dtype.itemsize
+        if self.kind == "gram":
+            return p.M * p.Ci * itemsize
+        return problems.conv_bytes(p, itemsize) + 2 * p.M * p.Co * itemsize * self.masked
 
     @property
     def first(self) -> bool:
@@ -75,9 +90,11 @@ class ConvCase:
 
     @property
     def variant(self) -> str:
-        return pass_name(
-            self.kind, prologue=self.affine or self.coeffs, epilogue=self.stats and not self.gram, gram=self.gram
-        )
+        if self.kind == "gram":
+            return pass_name("gram")
+        epilogue = self.masked or (self.stats and not self.gram)
+        prologue = self.affine or self.coeffs
+        return pass_name(self.kind, prologue=prologue, epilogue=epilogue, gram=self.gram, formed=self.formed)
 
     @property
     def name(self) -> str:
@@ -104,13 +121,13 @@ class ConvCase:
         t: Tensors = {"w": tensors.weight(p, device)}
         if self.kind != "dgrad":
             t["x"] = image(p.Ci, p.H, p.W)
-        if self.kind != "fprop":
+        if self.kind in ("dgrad", "wgrad"):
             t["dy"] = gradient(p.Co, p.P, p.Q)
         if self.affine:
             t["affine"] = tensors.channels(2, p.Ci, device, acc) - torch.tensor(
                 [[0.0], [1.0]], device=device, dtype=acc
             )
-        if self.coeffs:
+        if self.coeffs or self.formed:
             t["y"] = image(p.Co, p.P, p.Q)
             t["coeffs"] = tensors.channels(3, p.Co, device, acc)
             t["coeffs"][1:] = torch.randn_like(t["coeffs"][1:]) * torch.tensor(
@@ -122,6 +139,9 @@ class ConvCase:
             t["mask_stats"] = tensors.channels(4, p.Ci, device, acc) - offset
         if self.residual:
             t["residual"] = gradient(p.Ci, p.H, p.W)
+        if self.gram and self.kind == "wgrad":
+            out = image(p.Co, p.P, p.Q)
+            t["out"] = out if empty else out.relu_()
         if self.gram and self.kind == "fprop":
             t["output_affine"] = tensors.channels(2, p.Co, device, acc)
             t["shortcut"] = image(p.Co, p.P, p.Q)
@@ -136,6 +156,11 @@ class ConvCase:
             if self.kind == "fprop":
                 return stem_conv_fprop(t["x"], t["w"], self.problem, config, stats=self.stats)
             return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
+        if self.kind == "gram":
+            return gram(t["x"], t["affine"], config)
+        if self.masked:
+            found, *tiles = gram_wgrad(t["dy"], t["out"], t["x"], t["affine"], config, store_dz=True)
+            return found.view(t["w"].shape), tiles
         if self.kind == "dgrad" and self.gram:
             w = t["w"].flatten(1)
             return gram_dgrad(t["dy"], t["mask_input"], w, t["products"], t["bias"], t["mask_stats"], config)
@@ -144,14 +169,34 @@ class ConvCase:
             affine = t.get("affine")
             return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=affine, stats=self.stats, **more)
         if self.kind == "dgrad":
-            extra = {name: t.get(name) for name in ("y", "coeffs", "mask_input", "mask_stats", "residual")}
-            return conv_dgrad(t["dy"], t["w"], self.computed, config, **extra)
-        extra = {"y": t.get("y"), "coeffs": t.get("coeffs"), "input_affine": t.get("affine")}
+            extra = {name: t.get(name) for name in ("mask_input", "mask_stats", "residual")}
+            return conv_dgrad(t["dy"], t["w"], self.computed, config, **self._on_load(t), **extra)
+        extra = {**self._on_load(t), "input_affine": t.get("affine")}
         return conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype, **extra), None
 
+    def _on_load(self, t: Tensors) -> Tensors:
+        return {"y": t["y"], "coeffs": t["coeffs"]} if self.coeffs else {}
+
+    @property
+    def before_share(self) -> float:
+        """Which part of the pass before it is its own: both gradients read the same dy."""
+        return 0.5 if self.formed else float(self.gram and self.kind == "wgrad" and not self.masked)
+
+    def before(self, t: Tensors, sm_count: int) -> None:
+        """The pass that ours needs before it, where ``before_share`` is not 0: dy, or dz and its sums."""
+        size = (self.problem.M, self.problem.Co, self.dtype.itemsize, sm_count)
+        if self.formed:
+            bn_grad_apply(t["dy"], t["y"], t["coeffs"], pass_config(*size))
+        else:
+            _, sums = bn_act_grad_reduce(t["dy"], None, None, reduce_config(*size), out=t["out"])
+            bn_grad_finalize(sums, sums.new_ones(4, self.problem.Co), None, self.problem.M)
+
     def vendor(self, t: Tensors) -> torch.Tensor:
-        """The vendor's convolution alone."""
+        """The vendor's convolution alone, or its product of a matrix with itself."""
         p = self.problem
+        if self.kind == "gram":
+            rows = t["x"].permute(0, 2, 3, 1).flatten(0, 2)
+            return rows.T @ rows
         if self.kind == "fprop":
             return vendor.conv_fprop(t["x"], t["w"], p)
         if self.kind == "dgrad":
@@ -172,7 +217,7 @@ class ConvCase:
         if self.kind == "fprop":
             total += 2 * x * self.affine + y * self.stats
         else:
-            total += 3 * y // 2 * self.coeffs
+            total += 3 * y // 2 * (self.coeffs or self.formed)
         if self.kind == "dgrad":
             total += 3 * x * (self.stats or self.residual)
         return total
@@ -188,6 +233,8 @@ class ConvCase:
         x, dy = (t[name].to(dtype) if name in t else None for name in ("x", "dy"))
         if self.affine:
             x = torch.relu(x.to(acc) * row("affine", 0) + row("affine", 1)).to(dtype)
+        if self.masked:
+            dy = torch.where(t["out"] <= 0, torch.zeros((), dtype=dtype, device=dy.device), dy)
         if self.coeffs:
             dy = row("coeffs", 0) * dy.to(acc) + row("coeffs", 1) * t["y"].to(acc) + row("coeffs", 2)
             dy = dy.to(dtype)
@@ -216,9 +263,18 @@ class ConvCase:
         stats = t["mask_stats"]
         return t["mask_input"].to(stats.dtype) * stats[2][None, :, None, None] + stats[3][None, :, None, None]
 
+    def _rows(self, t: Tensors) -> torch.Tensor:
+        """relu(x * scale + shift) as the products see it, [M, Ci]."""
+        scale, shift = (row[None, :, None, None] for row in t["affine"])
+        a = torch.relu(t["x"].to(scale.dtype) * scale + shift).to(self.dtype)
+        return a.permute(0, 2, 3, 1).flatten(0, 2)
+
     def references(self, t: Tensors) -> Reference:
         """Eager's result and the oracle's: of the weight gradient all, of the others the first and last images."""
         high = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else torch.float64
+        if self.kind == "gram":
+            rows = self._rows(t).double()
+            return Reference(slice(None), rows, rows.T @ rows, None)
         sample, part = (t, slice(None)) if self.kind == "wgrad" else self._ends(t)
         with errors.exact_float32():
             oracle = self.mathematics(sample, high)
@@ -234,6 +290,9 @@ class ConvCase:
         with errors.poisoned():
             out, tiles = self.ours(t, config)
         reference = reference or self.references(t)
+        if self.kind == "gram":
+            sums = errors.judge_sums(tiles[None], reference.eager)
+            return {"products": errors.judge_exact(out, reference.oracle), "sums": sums}
         ours = out[reference.part].to(self.dtype)
         if reference.clear is not None:
             ours = ours * reference.clear
@@ -246,6 +305,10 @@ class ConvCase:
         return found
 
     def _check_tiles(self, t: Tensors, out: torch.Tensor, tiles: Any) -> dict[str, dict[str, Any]]:
+        if self.masked:
+            (sums, dz), expected = tiles, torch.where(t["out"] <= 0, torch.zeros_like(t["dy"]), t["dy"])
+            rows = expected.permute(0, 2, 3, 1).flatten(0, 2).to(sums.dtype)
+            return {"sum dz": errors.judge_sums(sums[None], rows), "dz": errors.judge_exact(dz, expected)}
         rows = out.permute(0, 2, 3, 1).flatten(0, 2)
         if self.kind == "fprop":
             return {"statistics": errors.judge_moments(tiles.data, tiles.rows_per_tile, rows)}
@@ -263,29 +326,3 @@ class ConvCase:
 
 def _nhwc(p: ConvProblem) -> tuple[int, int, int, int]:
     return p.H * p.W * p.Ci, 1, p.W * p.Ci, p.Ci
-
-
-def cases(layer: problems.Layer, kinds: tuple[str, ...] = ("fprop", "dgrad", "wgrad")) -> list[ConvCase]:
-    """The passes of a layer as its role in a block has them. The stem's images need no gradient."""
-    p, role = layer.problem, layer.role
-    if role == "stem":
-        found = (ConvCase(p, "fprop", role, stats=True), ConvCase(p, "wgrad", role))
-        return [case for case in found if case.kind in kinds]
-    pointwise, first = p.is_pointwise, role in ("conv1", "projection")
-    strided = role == "projection" and p.stride != (1, 1)
-    make: dict[str, Callable[[], ConvCase]] = {
-        "fprop": lambda: ConvCase(p, "fprop", role, affine=role == "conv3", stats=True),
-        "dgrad": lambda: ConvCase(
-            p, "dgrad", role, coeffs=pointwise, stats=not first, residual=role == "conv1", compact=strided
-        ),
-        "wgrad": lambda: ConvCase(p, "wgrad", role, coeffs=pointwise, affine=role == "conv3"),
-    }
-    found = [make[kind]() for kind in kinds]
-    if role == "conv3" and p.Ci <= MOST_GRAM_WIDTH:
-        grams = {
-            "fprop": ConvCase(p, "fprop", role, affine=True, gram=True),
-            "dgrad": ConvCase(p, "dgrad", role, stats=True, gram=True),
-            "wgrad": ConvCase(p, "wgrad", role, affine=True, gram=True),
-        }
-        found += [grams[kind] for kind in kinds]
-    return found

@@ -12,11 +12,12 @@ from fused_resnet.plan import planner
 from fused_resnet.plan.target import Target, current
 
 from . import problems
-from .cases import ConvCase, cases
+from .cases import ConvCase
 from .device import Device
 from .harness import DEFAULT_CEILINGS
 from .passes import PassCase
 from .passes import cases as pass_cases
+from .roles import cases
 from .timing import floor_us, interleave, rotation
 
 ROUNDS = 20
@@ -47,17 +48,17 @@ def identify(case: Any) -> str:
 def bench_conv(benchmark: Any, gpu: Device, case: ConvCase, who: str) -> None:
     """Ours or the vendor's; the group is the shape, so that a table shows them together."""
     benchmark.group = case.name
-    sets = [case.inputs(gpu.name) for _ in range(rotation(gpu, problems.conv_bytes(case.problem), limit=8))]
+    sets = [case.inputs(gpu.name) for _ in range(rotation(gpu, case.bytes, limit=8))]
     if who == "vendor":
         floor = floor_us(DEFAULT_CEILINGS, problems.conv_bytes(case.problem), case.problem.flops)
         benchmark.extra_info |= {"bytes": problems.conv_bytes(case.problem), "flops": case.problem.flops}
         _time(benchmark, gpu, [lambda t=t: case.vendor(t) for t in sets], floor)
         return
-    config = planner.default_config(case.problem, case.kind, target())
-    choice = getattr(planner.plan_conv(case.problem, target(), first=case.first), case.kind)
-    config = choice.config or config
+    config = case.candidates(target())[0]
+    if not case.gram and not case.formed:
+        choice = getattr(planner.plan_conv(case.problem, target(), first=case.first), case.kind)
+        config, benchmark.extra_info["plan"] = choice.config or config, choice.reason
     _ours(benchmark, gpu, case, config, sets)
-    benchmark.extra_info["plan"] = choice.reason
 
 
 def bench_pass(benchmark: Any, gpu: Device, case: PassCase) -> None:

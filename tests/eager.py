@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,14 +136,34 @@ def mixed(text: str, vendor: Choose) -> str:
     return edited.encode()
 
 
-@contextmanager
-def mixing(vendor: Choose) -> Iterator[None]:
+def formed(text: str) -> str:
+    """The encoded plan with passes of their own for dy of every 1x1, and for the Gram route's dz."""
+    plan = decode(text)
+
+    def edit(conv: Any) -> Any:
+        return replace(conv, forms_dy=conv.problem.is_pointwise)
+
+    return replace(
+        plan,
+        convs=tuple(edit(conv) for conv in plan.convs),
+        projection=edit(plan.projection) if plan.projection else None,
+        gram=replace(plan.gram, masked_wgrad=None) if plan.gram else None,
+    ).encode()
+
+
+def mixing(vendor: Choose) -> AbstractContextManager[None]:
     """Plans made inside mix the vendor's passes and ours, as they do on a GPU."""
+    return editing(lambda text: mixed(text, vendor))
+
+
+@contextmanager
+def editing(edit: Callable[[str], str]) -> Iterator[None]:
+    """Plans made inside are edited: they take what a GPU's measurements may choose."""
     original = planner.chain_plan_text
 
     def chain_plan_text(*args: Any) -> tuple[str, str, str]:
         text, route, reason = original(*args)
-        return (mixed(text, vendor) if text else text), route, reason
+        return (edit(text) if text else text), route, reason
 
     planner.chain_plan_text = chain_plan_text
     try:

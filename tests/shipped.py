@@ -25,6 +25,7 @@ from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.gram_wgrad import gram_wgrad_config
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 from fused_resnet.plan.plans import ChainProblem
 from fused_resnet.plan.problem import ConvProblem
@@ -131,7 +132,10 @@ def configurations(problem: ConvProblem, kind: str, target: Target) -> list[Gemm
     """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target."""
     found = [planner.default_config(problem, kind, target)]
     measured = tables.TABLES.get(tables.gpu_slug(target.name), {}).get(tables.problem_key(problem), {})
-    found += [entry.ours for name, entry in measured.items() if entry.ours and name.partition("+")[0] == kind]
+    others = ("dgrad+gram", "wgrad+in+out+gram")  # of kernels of their own
+    found += [
+        e.ours for name, e in measured.items() if e.ours and name.partition("+")[0] == kind and name not in others
+    ]
     return [config for config in dict.fromkeys(found) if supports(problem, kind, target, config)[0]]
 
 
@@ -219,7 +223,7 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         conv_fprop(x, w, p, plan.fprop, input_affine=affine, output_affine=stats[2:], relu=True, **shortcut)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
     for mask in (out, torch.empty((p.M, -(-p.Co // 8)), dtype=torch.uint8, device="meta")):
-        gram_wgrad(out, mask, x, affine, plan.masked_wgrad, store_dz=True)
+        gram_wgrad(out, mask, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=True)
     small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
     below = _rows(4, p.Ci)
     gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)

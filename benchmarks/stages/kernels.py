@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from fused_resnet.launch.record import record_launches
-from fused_resnet.plan import planner, tables
+from fused_resnet.plan import tables
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.target import INTERPRETER, Target, current
 
 from .. import passes, problems
-from ..cases import ConvCase, cases
+from ..cases import ConvCase
 from ..harness import Context, Item, read
 from ..precompile import Ahead
+from ..roles import cases
 from ..timing import floor_us, interleave, rotation
 
 CORRECT_BATCH = 32
@@ -56,8 +57,6 @@ def config_for(context: Context, case: ConvCase, target: Target) -> GemmConfig:
         entry = tables.lookup(case.problem, case.variant, name, table)
         if entry is not None and entry.ours is not None and supports(case.problem, case.kind, target, entry.ours)[0]:
             return entry.ours
-    if context.dry and not case.problem.is_stem:
-        return planner.default_config(case.problem, case.kind, target)
     return case.candidates(target)[0]
 
 
@@ -96,7 +95,7 @@ def _measure(context: Context, case: Any, config: Any, ahead: Ahead | None) -> d
             judged = replace(judged, N=min(judged.N, CORRECT_BATCH))
         checks[dtype] = judged.check(judged.inputs(device.name), config)
         device.release()
-    nbytes = case.rows * case.C * 2 if is_pass else problems.conv_bytes(case.problem)
+    nbytes = case.rows * case.C * 2 if is_pass else case.bytes
     sets = [case.inputs(device.name) for _ in range(rotation(device, nbytes, limit=8))]
     with record_launches() as launches:
         case.ours(sets[0], config)

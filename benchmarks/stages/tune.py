@@ -15,7 +15,6 @@ from fused_resnet.plan import tables
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.target import Target
 
-from .. import problems
 from ..cases import ConvCase
 from ..harness import Context, Item, failure
 from ..precompile import Ahead
@@ -52,7 +51,7 @@ def _candidates(context: Context, case: ConvCase, target: Target) -> list[GemmCo
 
 def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None) -> dict[str, Any]:
     device = context.device
-    sets = [case.inputs(device.name) for _ in range(rotation(device, problems.conv_bytes(case.problem), limit=8))]
+    sets = [case.inputs(device.name) for _ in range(rotation(device, case.bytes, limit=8))]
     calls, refused = {}, {}
     patient_until = time.time() + PATIENCE
     for config in _candidates(context, case, target):
@@ -81,6 +80,8 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
         else:
             right.append(config)
     final = {"vendor": [lambda t=t: case.vendor(t) for t in sets]} | {str(c): calls[c] for c in right}
+    if case.before_share:
+        final["before"] = [lambda t=t: case.before(t, target.sm_count) for t in sets]
     timings = interleave(device, final, samples=16)
     best = min(right, key=lambda config: timings[str(config)].us, default=None)
     entry = _entry(context, case, sets[0], best, timings)
@@ -88,6 +89,7 @@ def _tune(context: Context, case: ConvCase, target: Target, ahead: Ahead | None)
     ours = "none right" if best is None else f"{entry['us']:.0f} us ({entry['us'] / max(entry['floor_us'], 0.01):.2f}x)"
     tile = "" if best is None else f" {best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps} s{best.num_stages}"
     split = f" split {best.split}" if best is not None and best.split > 1 else ""
+    ours += "" if entry["before_us"] is None else f" + {entry['before_us']:.0f} before"
     line = f"{ours}, vendor {timings['vendor'].us:.0f} + {entry['passes_us']:.0f}{tile}{split}, {len(calls)} tried"
     if refused or wrong:
         line += f", {len(refused)} refused, {len(wrong)} WRONG"
@@ -99,7 +101,8 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
     with record_launches() as launches:
         if best is not None:
             case.ours(t, best)
-    nbytes = sum(entry.bytes for entry in launches) or problems.conv_bytes(case.problem)
+    nbytes = sum(entry.bytes for entry in launches) or case.bytes
+    flops = sum(entry.flops for entry in launches) or case.problem.flops
     facts = context.document["facts"]
     return {
         "config": None if best is None else best.to_dict(),
@@ -107,7 +110,8 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
         # On the Gram route the vendor's convolution is a comparison, not a choice.
         "vendor_us": None if case.gram else round(timings["vendor"].us, 2),
         "passes_us": round(case.passes_bytes() / (0.9 * context.ceilings["bytes_per_s"]) * 1e6, 2),
-        "floor_us": round(floor_us(context.ceilings, nbytes, case.problem.flops), 2),
+        "floor_us": round(floor_us(context.ceilings, nbytes, flops), 2),
+        "before_us": round(case.before_share * timings["before"].us, 2) if case.before_share else None,
         "source": f"{str(facts.get('date', ''))[:10]}, {facts.get('commit')}, triton {facts.get('triton')}",
     }
 
@@ -119,7 +123,7 @@ def finish(context: Context) -> None:
     wins = count = 0
     for case, times in conv_cases(context):
         entry = table.get(tables.problem_key(case.problem), {}).get(case.variant)
-        if entry is None or entry.us is None:
+        if entry is None or entry.us is None or case.formed or case.masked or case.kind == "gram":
             continue
         other = entry.us if entry.vendor_us is None else entry.vendor_us + entry.passes_us
         count, wins = count + 1, wins + (not entry.vendor_wins)

@@ -80,11 +80,12 @@ def backward(
     """The layer's gradients; dz behind its ReLU; and, if wanted, the same behind the ReLU of the layer below.
 
     ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a projection
-    shares it); without it the weight gradient forms dz and its sums on the way.
+    shares it, or the plan has no ``masked_wgrad``); without it the weight gradient forms dz and its sums on the way.
     """
     assert plan.gram is not None
     problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
     if reduced is None:
+        assert plan.gram.masked_wgrad is not None
         products, sum_dz, dz = gram_wgrad(dout, kept.out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
         assert dz is not None
         sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory

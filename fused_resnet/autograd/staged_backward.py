@@ -84,10 +84,11 @@ class _Step(NamedTuple):
 
     @property
     def needs_forming(self) -> bool:
-        """Whether a kernel that will run wants dy formed before it: any but our 1x1 ones."""
+        """Whether a kernel that will run wants dy formed before it: any but our 1x1 ones, and these as planned."""
         wanted = ((self.conv.dgrad, self.wants_dgrad), (self.conv.wgrad, self.needs.weight and self.y is not None))
         used = [choice for choice, runs in wanted if runs]
-        return bool(used) and not (self.conv.problem.is_pointwise and all(choice.fused for choice in used))
+        on_load = self.conv.problem.is_pointwise and all(choice.fused for choice in used)
+        return bool(used) and (not on_load or (self.conv.forms_dy and len(used) == 2))
 
 
 def backward(
@@ -108,7 +109,7 @@ def backward(
     gram = plan.gram is not None and lowest <= last
     grads = [LayerGrad()] * len(layers)
     y_projection = saved.ys[-1] if plan.projection is not None and batch else None
-    if gram and plan.projection is None:
+    if gram and plan.projection is None and plan.gram is not None and plan.gram.masked_wgrad is not None:
         reduced = None  # the Gram route's weight gradient forms dz and its sums itself
     else:
         reduced = Reduced(

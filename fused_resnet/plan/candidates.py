@@ -12,7 +12,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .config import GemmConfig, supports
+from .gram import gram_config, gram_tiles
 from .gram_dgrad import gram_dgrad_config
+from .gram_wgrad import gram_wgrad_config
 from .planner import default_config
 from .problem import ConvProblem
 from .split import wgrad_split
@@ -84,35 +86,81 @@ GRAM_DGRAD = (
 )  # fmt: skip
 
 
+# gram_wgrad: output channels, input channels, rows, warps, stages. dout is read once for every tile of input channels.
+GRAM_WGRAD = (
+    (128, 128, 64, 8, 3), (64, 256, 64, 8, 2), (64, 256, 32, 4, 3), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3),
+    (128, 128, 32, 8, 4), (128, 128, 32, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4), (256, 64, 32, 8, 3),
+    (128, 64, 64, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 3),
+)  # fmt: skip
+# gram: the side of a square tile, rows, warps, stages.
+GRAM = (
+    (128, 32, 8, 6), (128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 4), (128, 32, 8, 3), (64, 64, 4, 4),
+    (64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (64, 32, 4, 5), (64, 128, 4, 2),
+)  # fmt: skip
+
+
 def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
-    """Configurations of gram_dgrad for the convolution ``problem``, the planner's default first."""
-    default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target)
-    tiles = (
-        GemmConfig(m, n, k, warps, stages, 1, maxnreg)
-        for m, n, k, warps, stages, _, maxnreg in GRAM_DGRAD
-        if n <= max(problem.Ci, 64)
-    )
-    found = dict.fromkeys([default, *tiles])
-    return [config for config in found if supports(problem, kind, target, config)[0]][:most]
-
-
-def candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
-    """At most ``most`` distinct configurations of ``kind`` that ``target`` supports, the planner's default first."""
-    default = default_config(problem, kind, target)
-    if problem.is_stem and kind != "dgrad":
-        proposed = _stem(problem, kind, default)
+    """The Gram route's "gram", "wgrad" (that forms dz) or "dgrad" for a convolution, the planner's default first."""
+    if kind == "gram":
+        itemsize = 4 if problem.dtype == "float32" else 2
+        default = gram_config(
+            problem.M, problem.Ci, target.sm_count, itemsize=itemsize, sm=target.sm, interpreter=target.interpreter
+        )
+        proposed = _gram(problem, target)
+    elif kind == "wgrad":
+        default, proposed = gram_wgrad_config(problem, target), _gram_wgrad(problem, target)
     else:
-        proposed = _wgrad(problem, target) if kind == "wgrad" else _gemm(problem, kind)
+        default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target)
+        proposed = (
+            GemmConfig(m, n, k, warps, stages, 1, maxnreg)
+            for m, n, k, warps, stages, _, maxnreg in GRAM_DGRAD
+            if n <= max(problem.Ci, 64)
+        )
     found = dict.fromkeys([default, *proposed])
     return [config for config in found if supports(problem, kind, target, config)[0]][:most]
 
 
-def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
+def _gram(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
+    """As many parts as there are processors for them, or two or three times as many."""
+    for n, k, warps, stages in GRAM:
+        if n <= max(64, problem.Ci):
+            programs = target.sm_count // gram_tiles(problem.Ci, n)
+            for parts in (1, 2) if n > 64 else (2, 4):
+                if 1 <= programs * parts <= problem.M // k:
+                    yield GemmConfig(n, n, k, warps, stages, programs * parts)
+
+
+def _gram_wgrad(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
+    for i, (co, ci, k, warps, stages) in enumerate(GRAM_WGRAD):
+        if co <= max(64, problem.Co) and ci <= max(64, problem.Ci):
+            split = wgrad_split(problem, co, ci, k, target.sm_count)
+            yield GemmConfig(co, ci, k, warps, stages, split)
+            if i < 4:
+                yield GemmConfig(co, ci, k, warps, stages, max(1, split // 2))
+
+
+def candidates(
+    problem: ConvProblem, kind: str, target: Target, *, formed: bool = False, most: int = MOST
+) -> list[GemmConfig]:
+    """At most ``most`` distinct configurations of ``kind`` that ``target`` supports, the planner's default first.
+
+    ``formed``: of a gradient whose dy lies formed.
+    """
+    default = default_config(problem, kind, target)
+    if problem.is_stem and kind != "dgrad":
+        proposed = _stem(problem, kind, default)
+    else:
+        proposed = _wgrad(problem, target, formed) if kind == "wgrad" else _gemm(problem, kind, formed)
+    found = dict.fromkeys([default, *proposed])
+    return [config for config in found if supports(problem, kind, target, config)[0]][:most]
+
+
+def _gemm(problem: ConvProblem, kind: str, formed: bool) -> Iterator[GemmConfig]:
     """fprop and dgrad: rows by output channels, reduced over input channels and taps (dgrad: the other way)."""
     columns, depth = (problem.Co, problem.Ci) if kind == "fprop" else (problem.Ci, problem.Co)
     tiles: tuple[Tile, ...]
     if kind == "dgrad":
-        tiles = DGRAD_POINTWISE if problem.is_pointwise else DGRAD
+        tiles = DGRAD_POINTWISE if problem.is_pointwise and not formed else DGRAD
     else:
         tiles = FPROP_SHORT if problem.taps * depth <= 128 else FPROP
     for m, n, k, warps, stages, transposed, maxnreg in tiles:
@@ -120,11 +168,13 @@ def _gemm(problem: ConvProblem, kind: str) -> Iterator[GemmConfig]:
             yield GemmConfig(m, n, min(k, 64 if depth > 32 else 32), warps, stages, 1, maxnreg, transposed)
 
 
-def _wgrad(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
+def _wgrad(problem: ConvProblem, target: Target, formed: bool) -> Iterator[GemmConfig]:
     """Output by input channels of one tap or three, reduced over the rows, which are split into parts."""
     tiles: tuple[tuple[int, ...], ...]
     if problem.S == 3:
         tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:])
+    elif formed:
+        tiles = WGRAD
     else:  # two prologues beside as many accumulators would spill in the main loop
         tiles = tuple(tile for tile in WGRAD if tile[:4] not in ((256, 128, 64, 8), (128, 128, 64, 4)))
     tried = 0

@@ -71,19 +71,34 @@ def _why_not_gram(problem: ChainProblem, route: str) -> str:
 
 def _gram_plan(last: ConvProblem, target: Target) -> GramPlan:
     itemsize = {"float32": 4, "float64": 8}.get(last.dtype, 2)
+    gram = gram_config(
+        last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
+    )
     return GramPlan(
-        gram=gram_config(
-            last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
-        ),
-        fprop=_measured(last, "fprop", target, default_config(last, "fprop", target)),
-        wgrad=_measured(last, "wgrad", target, default_config(last, "wgrad", target)),
-        masked_wgrad=gram_wgrad_config(last, target),
-        dgrad=_measured(last, "dgrad", target, gram_dgrad_config(last.M, last.Ci, last.Co, target)),
+        gram=_measured(last, "gram", target, gram),
+        fprop=_measured(last, "fprop+in+gram", target, default_config(last, "fprop", target)),
+        wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
+        masked_wgrad=_masked_wgrad(last, target),
+        dgrad=_measured(last, "dgrad+gram", target, gram_dgrad_config(last.M, last.Ci, last.Co, target)),
     )
 
 
-def _measured(problem: ConvProblem, kind: str, target: Target, default: GemmConfig) -> GemmConfig:
-    entry = tables.lookup(problem, tables.pass_name(kind, prologue=kind != "dgrad", gram=True), target)
+MOST_MASKED_WIDTH = 128
+"""Up to here the weight gradient that forms dz on load is bound by memory, and saves reading dz."""
+
+
+def _masked_wgrad(last: ConvProblem, target: Target) -> GemmConfig | None:
+    """The weight gradient that forms dz, or None where a pass and the plain weight gradient are faster."""
+    whole, parts = (tables.lookup(last, name, target) for name in ("wgrad+in+out+gram", "wgrad+in+gram"))
+    if whole is not None and whole.us is not None and parts is not None and parts.whole_us is not None:
+        masked = whole.us <= parts.whole_us
+    else:
+        masked = last.Ci <= MOST_MASKED_WIDTH or target.interpreter
+    return _measured(last, "wgrad+in+out+gram", target, gram_wgrad_config(last, target)) if masked else None
+
+
+def _measured(problem: ConvProblem, pass_: str, target: Target, default: GemmConfig) -> GemmConfig:
+    entry, kind = tables.lookup(problem, pass_, target), pass_.partition("+")[0]
     if entry is not None and entry.ours is not None and supports(problem, kind, target, entry.ours)[0]:
         return entry.ours
     return default
@@ -170,24 +185,40 @@ def pass_plan(device: torch.device, dtype: str, elements: int, route: str) -> tu
 def plan_conv(problem: ConvProblem, target: Target, *, first: bool) -> ConvPlan:
     """Who runs each pass of one convolution; the ``first`` of a chain reads its input as it is, masks no gradient."""
     fprop, dgrad, wgrad = (_choose(problem, kind, target, first) for kind in tables.PASSES)
-    if problem.is_pointwise and dgrad.fused != wgrad.fused:
-        dgrad, wgrad = _together(problem, target, first, dgrad, wgrad)
-    return ConvPlan(problem, fprop, dgrad, wgrad)
+    if not problem.is_pointwise or target.interpreter:
+        return ConvPlan(problem, fprop, dgrad, wgrad)
+    return ConvPlan(problem, fprop, *_together(problem, target, first, dgrad, wgrad))
 
 
-def _together(problem: ConvProblem, target: Target, first: bool, dgrad: Choice, wgrad: Choice) -> tuple[Choice, Choice]:
-    """Both gradients of a 1x1 by the same hand: the pass that forms dy is paid whole if one of them needs it."""
-    entries = [tables.lookup(problem, _pass_name(problem, kind, first), target) for kind in ("dgrad", "wgrad")]
-    ours = theirs = 0.0
-    for entry in entries:
-        if entry is None or entry.ours is None or entry.us is None or entry.vendor_us is None:
-            return dgrad, wgrad
-        ours, theirs = ours + entry.us, theirs + entry.vendor_us + entry.passes_us
-    times = f"measured, both gradients: ours {ours:.0f} us, the vendor's with its passes {theirs:.0f} us"
-    if theirs < ours:
-        return Choice("vendor", times), Choice("vendor", times)
-    configs = [entry.ours for entry in entries if entry is not None]
-    return Choice("fused", times, configs[0]), Choice("fused", times, configs[1])
+def _together(
+    problem: ConvProblem, target: Target, first: bool, dgrad: Choice, wgrad: Choice
+) -> tuple[Choice, Choice, bool]:
+    """Both gradients of a 1x1, and whether one pass forms dy for both: its time is theirs together."""
+    on_load, formed = (_both(problem, target, first, formed) for formed in (False, True))
+    if not on_load:
+        return dgrad, wgrad, False
+    times = {"ours": sum(entry.us or 0.0 for entry in on_load)}
+    if all(entry.vendor_us is not None for entry in on_load):
+        times["the vendor's with its passes"] = sum((entry.vendor_us or 0.0) + entry.passes_us for entry in on_load)
+    if formed and all(entry.whole_us is not None for entry in formed):
+        times["ours from a formed dy, with its pass"] = sum(entry.whole_us or 0.0 for entry in formed)
+    reason = "measured, both gradients: " + ", ".join(f"{way} {us:.0f} us" for way, us in times.items())
+    best = min(times, key=lambda way: times[way])
+    if best.startswith("the vendor's"):
+        return Choice("vendor", reason), Choice("vendor", reason), False
+    fused = (Choice("fused", reason, entry.ours) for entry in (on_load if best == "ours" else formed))
+    return next(fused), next(fused), best != "ours"
+
+
+def _both(problem: ConvProblem, target: Target, first: bool, formed: bool) -> list[tables.Entry]:
+    """What was measured of our two gradients; empty where one was not, or does not fit."""
+    found = []
+    for kind in ("dgrad", "wgrad"):
+        entry = tables.lookup(problem, _pass_name(problem, kind, first, formed), target)
+        ours = None if entry is None or entry.us is None else entry.ours
+        if entry is not None and ours is not None and supports(problem, kind, target, ours)[0]:
+            found.append(entry)
+    return found if len(found) == 2 else []
 
 
 def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Choice:
@@ -212,11 +243,12 @@ def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Cho
     return Choice("fused", "a 1x1 convolution gains by its prologue and epilogue", config)
 
 
-def _pass_name(problem: ConvProblem, kind: str, first: bool) -> str:
-    """The pass as the staged route runs it: what its prologue and epilogue hold."""
+def _pass_name(problem: ConvProblem, kind: str, first: bool, formed: bool = False) -> str:
+    """The pass as the staged route runs it: what its prologue and epilogue hold. ``formed``: from a formed dy."""
     if kind == "fprop":
         return tables.pass_name(kind, prologue=problem.is_pointwise and not first, epilogue=True)
-    return tables.pass_name(kind, prologue=problem.is_pointwise, epilogue=kind == "dgrad" and not first)
+    on_load = problem.is_pointwise and not (formed and (first or kind == "dgrad"))
+    return tables.pass_name(kind, prologue=on_load, epilogue=kind == "dgrad" and not first, formed=formed)
 
 
 def default_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:

@@ -32,6 +32,8 @@ class ConvPlan:
     fprop: Choice
     dgrad: Choice
     wgrad: Choice
+    forms_dy: bool = False
+    """Of a 1x1: one pass forms dy for both gradients, although our kernels could form it on load."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class GramPlan:
     fprop: GemmConfig
     wgrad: GemmConfig
     """From dz, where a pass formed it for a projection too."""
-    masked_wgrad: GemmConfig
-    """From the gradient above the ReLU: forms dz."""
+    masked_wgrad: GemmConfig | None
+    """From the gradient above the ReLU: forms dz. ``None``: a pass does, and ``wgrad`` reads it."""
     dgrad: GemmConfig
 
 
@@ -103,8 +105,8 @@ def _choice(fields: dict[str, Any]) -> Choice:
 
 
 def _conv_plan(fields: dict[str, Any]) -> ConvPlan:
-    passes = (_choice(fields[name]) for name in ("fprop", "dgrad", "wgrad"))
-    return ConvPlan(_conv_problem(fields["problem"]), *passes)
+    fprop, dgrad, wgrad = (_choice(fields[name]) for name in ("fprop", "dgrad", "wgrad"))
+    return ConvPlan(_conv_problem(fields["problem"]), fprop, dgrad, wgrad, fields["forms_dy"])
 
 
 @lru_cache(maxsize=4096)
@@ -119,5 +121,5 @@ def decode(text: str) -> Plan:
     fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
     fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
     if fields["gram"]:
-        fields["gram"] = GramPlan(**{name: GemmConfig(**config) for name, config in fields["gram"].items()})
+        fields["gram"] = GramPlan(**{name: c and GemmConfig(**c) for name, c in fields["gram"].items()})
     return Plan(**fields)

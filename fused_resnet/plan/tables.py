@@ -24,6 +24,8 @@ from .problem import ConvProblem
 
 VERSION: Final = 1
 PASSES: Final = ("fprop", "dgrad", "wgrad")
+KINDS: Final = (*PASSES, "gram")
+"""What is measured: the passes, and the Gram matrix of a convolution's input."""
 _KNOWN_GPUS: Final = ("h200", "h100", "a100", "b200", "l40s", "l4", "a10g", "t4", "v100", "4090", "3090")
 
 
@@ -40,6 +42,13 @@ class Entry:
     """The passes over memory that the vendor's way needs besides and ours does in a prologue or an epilogue."""
     floor_us: float | None
     source: str
+    before_us: float | None = None
+    """The pass that ours needs before it, or its share of one that serves two kernels. ``None`` was not measured."""
+
+    @property
+    def whole_us(self) -> float | None:
+        """Ours with the pass before it; ``None`` where either was not measured."""
+        return None if self.ours is None or self.us is None or self.before_us is None else self.us + self.before_us
 
     @property
     def vendor_wins(self) -> bool:
@@ -75,12 +84,15 @@ def _shape_key(p: ConvProblem) -> str:
     return f"H{p.H}-W{p.W}-Ci{p.Ci}-Co{p.Co}-R{p.R}-S{p.S}{geometry}-g{p.groups}"
 
 
-def pass_name(kind: str, *, prologue: bool = False, epilogue: bool = False, gram: bool = False) -> str:
-    """``kind`` of PASSES; ``"+in"`` where an operand is formed on load, ``"+out"`` where the epilogue masks, reduces or
-    takes statistics, ``"+gram"`` where it is the Gram route's."""
-    if kind not in PASSES:
-        raise ValueError(f"kind must be one of {PASSES}, not {kind!r}")
-    return kind + ("+in" if prologue else "") + ("+out" if epilogue else "") + ("+gram" if gram else "")
+def pass_name(
+    kind: str, *, prologue: bool = False, epilogue: bool = False, gram: bool = False, formed: bool = False
+) -> str:
+    """``kind`` of KINDS; ``"+in"`` where an operand is formed on load, ``"+out"`` where it masks, reduces or takes
+    statistics, ``"+gram"`` where it is the Gram route's, ``"+formed"`` where a pass before it formed dy."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
+    flags = {"in": prologue, "out": epilogue, "gram": gram, "formed": formed}
+    return "+".join([kind, *(name for name, is_so in flags.items() if is_so)])
 
 
 def gpu_slug(name: str) -> str:
@@ -102,6 +114,7 @@ def parse(document: Mapping[str, Any]) -> Table:
                 passes_us=raw.get("passes_us") or 0.0,
                 floor_us=raw.get("floor_us"),
                 source=raw.get("source", ""),
+                before_us=raw.get("before_us"),
             )
             for name, raw in passes.items()
         }
@@ -121,7 +134,7 @@ def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, T
 
     The nearest thing measured counts where the very thing was not: another batch of the same layer within a factor
     of four, then another variant of the same pass, one with the same prologue first (but nothing stands in for a pass
-    of the route "gram", nor such a one for another). ``None`` where there is neither.
+    of the route "gram" or one from a formed dy, nor such a one for another). ``None`` where there is neither.
     """
     table = (TABLES if tables is None else tables).get(gpu_slug(target if isinstance(target, str) else target.name))
     if not table:
@@ -132,7 +145,7 @@ def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, T
         passes = _nearest_batch(table, problem, key)
     if not passes:
         return None
-    if pass_.endswith("+gram"):
+    if pass_.endswith(("gram", "+formed")):
         return passes.get(pass_)
     kind = pass_.partition("+")[0]
     same_prologue = kind + ("+in" if "+in" in pass_ else "")

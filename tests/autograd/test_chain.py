@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_resnet as fr
 from tests.conftest import INTERPRETED
-from tests.eager import Chain, compare, mixing, pair
+from tests.eager import Chain, compare, editing, formed, mixing, pair
 
 quick = pytest.mark.quick
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
@@ -162,6 +162,22 @@ def test_gram_trains_its_last_layer_without_the_gradient_of_those_below() -> Non
         compare(case)
     ran = {launch.kernel for launch in launches}
     assert "gram_wgrad_kernel" in ran and "gram_dgrad_kernel" not in ran
+
+
+@quick
+@pytest.mark.parametrize("route", ["staged", "gram"])
+@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection"])
+def test_passes_form_dy_and_dz(kind: str, route: str) -> None:
+    """As where measurements found that faster than forming them on load."""
+    case = chain(3, kind)
+    case.route = route
+    with fr.record_launches() as launches, editing(formed):
+        compare(case)
+    ran = [launch.kernel for launch in launches]
+    assert "gram_wgrad_kernel" not in ran and "bn_act_grad_reduce_kernel" in ran
+    staged = (4 if kind == "projection" else 3) - (route == "gram")
+    assert ran.count("bn_grad_apply_kernel") == staged
+    assert ("gram_dgrad_kernel" in ran) == (route == "gram")
 
 
 def test_gram_auto_takes_it_and_strict_says_why_not() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fused_resnet.plan import planner, tables, target
 from fused_resnet.plan.config import GemmConfig, supports
-from fused_resnet.plan.plans import ChainProblem, Choice, Plan, decode
+from fused_resnet.plan.plans import ChainProblem, Choice, ConvPlan, Plan, decode
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import A100, H100, INTERPRETER, Target
 
@@ -154,6 +154,50 @@ def test_measurements_decide(entry: tables.Entry, source: str, taps: int, monkey
     assert all(getattr(ours, kind).fused for kind in tables.PASSES)  # nothing was measured there
 
 
+def test_both_gradients_of_a_1x1_are_weighed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that forms dy is shared: it is ours, ours from a formed dy, or the vendor's for both."""
+    conv, plain = ConvProblem(4, 16, 16, 64, 64), GemmConfig(128, 64, 64)
+
+    def planned(on_load: float, formed: float | None, vendor: float) -> ConvPlan:
+        found = {
+            "+in": tables.Entry(OURS, on_load, vendor, 1.0, None, "test"),
+            "+formed": tables.Entry(plain, formed, vendor, 1.0, None, "test", before_us=2.0),
+        }
+        monkeypatch.setattr(tables, "lookup", lambda _, name, __: found.get("+" + name.rpartition("+")[2]))
+        return planner.plan_conv.__wrapped__(conv, H100, first=True)
+
+    for times, config, forms_dy in (
+        ((10.0, 7.0, 20.0), plain, True),
+        ((10.0, 9.0, 20.0), OURS, False),
+        ((10.0, 7.0, 2.0), None, False),
+        ((10.0, None, 20.0), OURS, False),
+    ):
+        plan = planned(*times)
+        assert plan.forms_dy == forms_dy
+        for choice in (plan.dgrad, plan.wgrad):
+            assert choice.config == config and choice.fused == (config is not None) and "measured" in choice.reason
+
+
+@pytest.mark.parametrize(("whole", "before", "masked"), [(20.0, 5.0, False), (14.0, 5.0, True), (20.0, None, False)])
+def test_the_gram_route_s_configurations_are_the_measured_ones(
+    whole: float, before: float | None, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = ConvProblem(64, 14, 14, 256, 1024)
+    square, wide = GemmConfig(64, 64, 64, split=7), GemmConfig(64, 256, 32, split=3)
+    found = {
+        "gram": tables.Entry(square, 9.0, None, 0.0, None, "test"),
+        "wgrad+in+gram": tables.Entry(OURS, 10.0, None, 0.0, None, "test", before_us=before),
+        "wgrad+in+out+gram": tables.Entry(wide, whole, None, 0.0, None, "test"),
+    }
+    monkeypatch.setattr(tables, "lookup", lambda _, name, __: found.get(name))
+    gram = planner._gram_plan(conv, H100)
+    assert gram.gram == square and gram.wgrad == OURS
+    assert gram.masked_wgrad == (wide if masked else None)
+    monkeypatch.setattr(tables, "lookup", lambda *_: None)
+    assert planner._gram_plan(conv, H100).masked_wgrad is None
+    assert planner._gram_plan(replace(conv, Ci=128), H100).masked_wgrad is not None
+
+
 def test_a_measured_configuration_that_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = tables.Entry(GemmConfig(256, 256, 256, num_stages=4), 1.0, 9.0, 0.0, None, "test")
     monkeypatch.setattr(tables, "lookup", lambda *_: huge)
@@ -170,7 +214,9 @@ def test_the_pass_that_is_looked_up_is_the_one_that_runs(monkeypatch: pytest.Mon
         planner.plan_conv(conv, H100, first=first)
     assert asked == [
         *("fprop+out", "dgrad+in", "wgrad+in"),
+        *("dgrad+in", "wgrad+in", "dgrad+formed", "wgrad+formed"),  # both gradients, weighed together
         *("fprop+in+out", "dgrad+in+out", "wgrad+in"),
+        *("dgrad+in+out", "wgrad+in", "dgrad+out+formed", "wgrad+in+formed"),
         *("fprop+out", "dgrad", "wgrad"),
         *("fprop+out", "dgrad+out", "wgrad"),
     ]

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks import bench_step as step_file
 from benchmarks import harness, measured, networks, passes, problems, report
-from benchmarks.cases import ConvCase, cases
+from benchmarks.cases import ConvCase
 from benchmarks.device import ROOT, DryDevice
+from benchmarks.roles import cases
 from fused_resnet.plan.target import INTERPRETER
 
 
