@@ -17,7 +17,7 @@ import torch
 
 import fused_resnet.launch
 from benchmarks.problems import Layer, layers
-from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, gram, record, stem_conv, stem_pool
+from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, record, stem_conv, stem_pool
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
@@ -229,6 +229,13 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)
 
 
+def _weights(p: ConvProblem, dtype: torch.dtype) -> None:
+    """The casts of the parameters of a chain of one, two, three layers, and of three and a projection."""
+    parameter = _image(p.Co, p.Ci, p.R, p.S, torch.float32)
+    for count in range(1, 5) if dtype != torch.float32 else ():
+        cast.cast([parameter] * count, dtype)
+
+
 def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     x, w, dy = (
         _image(p.N, p.Ci, p.H, p.W, dtype),
@@ -263,6 +270,7 @@ def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
         _wgrad(p, first, target, dtype)
         if role == "conv3":
             _gram(p, target, dtype)
+    _weights(p, dtype)
     _passes(p, target, dtype)
 
 

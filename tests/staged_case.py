@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.autograd import layer as layer_module
 from fused_resnet.autograd import staged_backward, staged_forward
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.plans import ChainProblem, Choice, ConvPlan, Plan
@@ -105,9 +106,10 @@ class Chain:
 
     def run(self) -> tuple[dict[str, Tensor], list[Tensor], staged_forward.Saved]:
         """Results named as ``numerics.chain`` names them, the masks of its own ReLUs, and what forward saved."""
+        operands = layer_module.operands([p.weight for p in self.parts()], self.x.dtype)
         layers = [
-            staged_forward.Layer(
-                p.weight,
+            layer_module.Layer(
+                operands[i],
                 p.gamma,
                 p.beta,
                 self.running.get(f"running_mean{i}") if p.mean is None else p.mean,
@@ -115,6 +117,7 @@ class Chain:
                 None,
                 0.1,
                 p.eps,
+                p.weight.dtype,
             )
             for i, p in enumerate(self.parts())
         ]

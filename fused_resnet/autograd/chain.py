@@ -15,7 +15,7 @@ import torch
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
-from .layer import Layer, LayerGrad, Needs
+from .layer import Layer, LayerGrad, Needs, operands
 from .library import define, refuse_second_derivative
 from .staged_forward import Saved
 
@@ -84,9 +84,12 @@ def _chain_forward(
     decoded = decode(plan)
     assert decoded.problem is not None
     slots = _slots(decoded.problem)
+    fields = [tensors[len(FIELDS) * slot : len(FIELDS) * (slot + 1)] for slot in slots]
+    weights = [weight for weight, *_ in fields if weight is not None]
+    read = operands(weights, x.dtype)
     layers = [
-        Layer(*tensors[len(FIELDS) * slot : len(FIELDS) * (slot + 1)], momentum, eps)  # type: ignore[call-arg, arg-type]
-        for slot, momentum, eps in zip(slots, momenta, epsilons, strict=True)
+        Layer(read[i], *fields[i][1:], momenta[i], epsilons[i], weights[i].dtype)  # type: ignore[call-arg, arg-type]
+        for i in range(len(slots))
     ]
     saved = staged_forward.forward(decoded, x, residual, layers)
     ys = [_none(x) for _ in range(SLOTS)]
@@ -146,7 +149,11 @@ def _chain_backward(
     assert decoded.problem is not None
     assert out is not None or not decoded.reads_out
     slots = _slots(decoded.problem)
-    layers = [Layer(weights[i], gammas[i], betas[i], None, None, None, 0.0, 0.0) for i in slots]  # type: ignore[arg-type]
+    parameters = [weight for weight in (weights[slot] for slot in slots) if weight is not None]
+    layers = [
+        Layer(read, gammas[slot], betas[slot], None, None, None, 0.0, 0.0, parameter.dtype)
+        for slot, read, parameter in zip(slots, operands(parameters, x.dtype), parameters, strict=True)
+    ]
     kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], _or_none(input_mean))
     saved = Saved(dout if out is None else out, *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]

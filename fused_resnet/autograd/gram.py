@@ -18,7 +18,7 @@ from ..launch.gram import gram, gram_backward, gram_finalize
 from ..launch.gram_dgrad import gram_dgrad
 from ..launch.gram_wgrad import gram_wgrad
 from ..plan.plans import Plan
-from .layer import Layer, LayerGrad, Needs, Reduced, operand
+from .layer import Layer, LayerGrad, Needs, Reduced
 
 Tensor = torch.Tensor
 
@@ -37,7 +37,7 @@ def forward(
 ) -> Output:
     """out = relu(bn(conv(a)) + residual), a = relu(bn(y)); a residual with ``residual_stats`` is a raw projection."""
     assert plan.gram is not None and plan.problem is not None
-    problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
+    problem, weight = plan.convs[-1].problem, layer.weight
     products, sums = gram(y, y_stats[2:], plan.gram.gram)
     stats, covariance, input_mean = gram_finalize(
         products,
@@ -83,7 +83,7 @@ def backward(
     shares it, or the plan has no ``masked_wgrad``); without it the weight gradient forms dz and its sums on the way.
     """
     assert plan.gram is not None
-    problem, weight = plan.convs[-1].problem, operand(layer.weight, y.dtype)
+    problem, weight = plan.convs[-1].problem, layer.weight
     if reduced is None:
         assert plan.gram.masked_wgrad is not None
         products, sum_dz, dz = gram_wgrad(dout, kept.out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
@@ -102,7 +102,7 @@ def backward(
         weight,
         sum_dz,
         problem.M,
-        out_dtype=layer.weight.dtype,
+        out_dtype=layer.weight_dtype,
     )
     below = None
     if wants_dgrad:

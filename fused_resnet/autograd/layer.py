@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..launch import bn_act, bn_act_grad, bn_stats
+from ..launch.cast import cast, is_castable
 from ..launch.record import note
 from ..launch.tiles import StatTiles
 from ..plan.config import PassConfig
@@ -18,7 +19,10 @@ Tensor = torch.Tensor
 
 
 class Layer(NamedTuple):
-    """The tensors of one convolution and its BN, and what is read at call time."""
+    """The tensors of one convolution and its BN, and what is read at call time.
+
+    ``weight`` is the parameter as the kernels read it (:func:`operands`), ``weight_dtype`` the parameter's own.
+    """
 
     weight: Tensor
     gamma: Tensor | None
@@ -28,6 +32,7 @@ class Layer(NamedTuple):
     counter: Tensor | None
     momentum: float
     eps: float
+    weight_dtype: torch.dtype
 
 
 class Needs(NamedTuple):
@@ -88,8 +93,17 @@ class Passes:
         return bn_act_grad.bn_grad_apply(dz, y, coeffs, self._config(pass_config, dz))
 
 
-def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the kernels read it: the activations' dtype, [Co, R, S, Ci] in memory."""
+def operands(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A chain's weights as the kernels read them: the activations' dtype, [Co, R, S, Ci] in memory.
+
+    Each direction casts anew, by one launch for all: the copies would be kept from forward to backward otherwise.
+    """
+    by_launch = [w.dtype != dtype and is_castable(w, dtype) for w in weights]
+    copies = iter(cast([w for w, chosen in zip(weights, by_launch, strict=True) if chosen], dtype))
+    return [next(copies) if chosen else _operand(w, dtype) for w, chosen in zip(weights, by_launch, strict=True)]
+
+
+def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
     converted = converted.contiguous(memory_format=torch.channels_last)  # a slice stays one in the line above
     if converted is not weight:

@@ -19,7 +19,7 @@ from ..launch.record import note
 from ..launch.stem_conv import stem_conv_wgrad
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
-from .layer import Layer, LayerGrad, Needs, Passes, Reduced, operand
+from .layer import Layer, LayerGrad, Needs, Passes, Reduced
 from .staged_forward import Saved
 
 Tensor = torch.Tensor
@@ -55,7 +55,7 @@ def wgrad(
     if input_stats is not None and not on_load:
         x, input_stats = passes.act(x, input_stats), None
     if conv.wgrad.config is None:
-        return vendor.conv_wgrad(x, grad.dz, operand(weight, x.dtype), conv.problem).to(out_dtype)
+        return vendor.conv_wgrad(x, grad.dz, weight, conv.problem).to(out_dtype)
     if conv.problem.is_stem:
         return stem_conv_wgrad(x, grad.dz, conv.problem, conv.wgrad.config, out_dtype=out_dtype)
     return conv_wgrad(
@@ -163,8 +163,7 @@ def backward(
         if step.wants_dgrad and below_stats is not None:
             pending = Reduced(*_masked_dgrad(passes, step, below_stats, gradient))
         elif step.wants_dgrad:
-            weight = operand(step.layer.weight, x.dtype)
-            dx = input_grad(step.conv, weight, x, gradient, dx_residual, residual_stride)
+            dx = input_grad(step.conv, step.layer.weight, x, gradient, dx_residual, residual_stride)
     return dx, dresidual, grads
 
 
@@ -179,20 +178,20 @@ def _layer_backward(
         gradient = Formed(passes.grad_apply(dz, step.y, coeffs))
     dw = None
     if passes.batch and step.needs.weight:
-        dw = wgrad(passes, conv, layer.weight, step.input, step.input_stats, gradient, layer.weight.dtype)
+        dw = wgrad(passes, conv, layer.weight, step.input, step.input_stats, gradient, layer.weight_dtype)
     elif not passes.batch and step.needs.any:
         # y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
         t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)
         mean, rstd, scale = stats[0], stats[1], stats[2]
-        product = operand(layer.weight, step.input.dtype).to(stats.dtype) * t
+        product = layer.weight.to(stats.dtype) * t
         dgamma = rstd * (product.sum((1, 2, 3)) - mean * dbeta)
-        dw = (t * scale[:, None, None, None]).to(layer.weight.dtype) if step.needs.weight else None
+        dw = (t * scale[:, None, None, None]).to(layer.weight_dtype) if step.needs.weight else None
     return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient
 
 
 def _projection_grad(step: _Step, gradient: Gradient | Formed) -> tuple[Tensor, tuple[int, int]]:
     """dx through the projection and its stride: our kernel writes the sampled pixels of a 1x1 conv only."""
-    conv, weight = step.conv, operand(step.layer.weight, step.input.dtype)
+    conv, weight = step.conv, step.layer.weight
     if conv.dgrad.config is None:
         return vendor.conv_dgrad(gradient.dz, step.input, weight, conv.problem), (1, 1)
     compact = conv.problem.sampled() if conv.problem.is_pointwise else conv.problem
@@ -232,8 +231,7 @@ def _masked_dgrad(
     passes: Passes, step: _Step, below_stats: Tensor, gradient: Gradient | Formed
 ) -> tuple[Tensor, Tensor]:
     """dz of the layer below, behind its ReLU's mask, and the tiles of its BN's reductions."""
-    conv, below = step.conv, step.input
-    weight = operand(step.layer.weight, below.dtype)
+    conv, below, weight = step.conv, step.input, step.layer.weight
     if conv.dgrad.config is None:
         da = vendor.conv_dgrad(gradient.dz, below, weight, conv.problem)
         if passes.batch:

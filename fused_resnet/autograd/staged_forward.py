@@ -18,7 +18,7 @@ from ..launch.stem_conv import stem_conv_fprop
 from ..launch.tiles import StatTiles
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
-from .layer import Layer, Passes, finalize, frozen_stats, operand
+from .layer import Layer, Passes, finalize, frozen_stats
 
 Tensor = torch.Tensor
 
@@ -79,14 +79,14 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     y, pending = x, None
     written = plan.convs if plan.gram is None else plan.convs[:-1]
     for conv, layer in zip(written, layers, strict=False):
-        y, tiles = conv_raw(passes, conv, operand(layer.weight, x.dtype), y, pending)
+        y, tiles = conv_raw(passes, conv, layer.weight, y, pending)
         pending = finalize(layer, tiles)
         ys.append(y)
         stats.append(pending)
     assert pending is not None
     residual_stats = None
     if plan.projection is not None:
-        residual, tiles = conv_raw(passes, plan.projection, operand(layers[-1].weight, x.dtype), x, None)
+        residual, tiles = conv_raw(passes, plan.projection, layers[-1].weight, x, None)
         residual_stats = finalize(layers[-1], tiles)
     elif plan.problem.residual == "identity":
         residual = x
@@ -110,10 +110,10 @@ def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequ
     stats = [frozen_stats(layer, x) for layer in layers]
 
     def conv_act(conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool) -> Tensor:
-        weight = operand(layer.weight, x.dtype)
         if conv.fprop.config is None or conv.problem.is_stem:
-            return passes.act(conv_only(conv, weight, a), s, r, None, relu)
-        return conv_fprop(a, weight, conv.problem, conv.fprop.config, output_affine=s[2:], residual=r, relu=relu)[0]
+            return passes.act(conv_only(conv, layer.weight, a), s, r, None, relu)
+        weight, config = layer.weight, conv.fprop.config
+        return conv_fprop(a, weight, conv.problem, config, output_affine=s[2:], residual=r, relu=relu)[0]
 
     if plan.projection is not None:
         residual = conv_act(plan.projection, layers[-1], x, stats[-1], None, False)

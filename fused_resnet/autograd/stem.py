@@ -9,7 +9,7 @@ import torch
 from ..launch import bn_act_grad, stem_pool
 from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
-from .layer import Layer, Passes, finalize, frozen_stats, operand
+from .layer import Layer, Passes, finalize, frozen_stats, operands
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
 from .staged_forward import conv_only, conv_raw
@@ -47,8 +47,8 @@ def _forward(
     decoded = decode(plan)
     assert decoded.problem is not None
     passes, conv = Passes(decoded), decoded.convs[0]
-    w = operand(weight, x.dtype)
-    layer = Layer(weight, gamma, beta, running_mean, running_var, counter, momentum, eps)
+    (w,) = operands([weight], x.dtype)
+    layer = Layer(w, gamma, beta, running_mean, running_var, counter, momentum, eps, weight.dtype)
     if decoded.problem.batch_statistics:
         y, tiles = conv_raw(passes, conv, w, x, None)
         stats = finalize(layer, tiles)
@@ -92,10 +92,13 @@ def _backward(
         if not decoded.problem.batch_statistics:
             coeffs = torch.cat([stats[2:3], torch.zeros_like(stats[:2])])
         dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, config)
+        w = weight
+        if needs_x or conv.wgrad.config is None:  # our weight gradient reads no weight
+            (w,) = operands([weight], x.dtype)
         if needs_weight:
-            dw = wgrad(Passes(decoded), conv, weight, x, None, Formed(dy), weight.dtype)
+            dw = wgrad(Passes(decoded), conv, w, x, None, Formed(dy), weight.dtype)
         if needs_x:
-            dx = input_grad(conv, operand(weight, x.dtype), x, Formed(dy), None, (1, 1))
+            dx = input_grad(conv, w, x, Formed(dy), None, (1, 1))
     return (
         dx,
         dw,

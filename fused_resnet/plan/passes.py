@@ -59,6 +59,11 @@ def _config(
     return PassConfig(block_m=step_rows * steps, block_c=block_c)
 
 
+def cast_config(elements: int, *, interpreter: bool = False) -> PassConfig:
+    """A copy of a flat tensor, of at most ``elements``: two vectors a thread, so that small ones still spread."""
+    return PassConfig(block_m=1, block_c=min(next_power_of_2(elements), INTERPRETER_ELEMENTS) if interpreter else 1024)
+
+
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
