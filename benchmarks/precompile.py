@@ -12,35 +12,16 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+from fused_resnet import compile_worker
+
 from .cases import ConvCase
-
-
-class _TargetOnly:
-    """As much of a Triton driver as compilation asks for."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def become_compiler(capability: int) -> None:
     """From here on this process compiles what it is asked to launch, for ``capability``, and launches nothing."""
-    import torch
-    import triton
     from triton.runtime import JITFunction
 
-    torch.set_num_threads(1)
-    triton.runtime.driver.set_active(_TargetOnly(capability))
+    compile_worker.become_compiler(capability)
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})
 

@@ -5,6 +5,7 @@ networks.
 """
 
 from . import functional, reference
+from .compiling import warmup
 from .explain import Explanation, explain
 from .launch.record import Launch, record_launches
 from .modules.blocks import BasicBlock, Bottleneck
@@ -57,6 +58,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "use_route",
+    "warmup",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

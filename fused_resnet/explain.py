@@ -119,8 +119,8 @@ def explain(
     Needs no GPU, and leaves the model as it was. ValueError, TypeError: bad arguments; KeyError: an unknown target.
     """
     inputs = _inputs(input_shape, example_input, dtype)
-    model = _unwrapped(model)
-    assumed = _assumption(model, target)
+    model = unwrapped(model)
+    assumed = assumption_of(model, target)
     name = str(dtype).removeprefix("torch.")
     why_plain = assumed.reason or (assumed.target.why_not_dtype(name) if assumed.target else None)
     if requested().route == "reference":
@@ -150,15 +150,20 @@ def _inputs(shape: Sequence[int] | None, example: Any, dtype: torch.dtype) -> tu
     if (shape is None) == (example is None):
         raise TypeError("give either input_shape or example_input")
     if shape is not None:
-        image = torch.empty(tuple(shape), dtype=torch.float32 if dtype in AUTOCAST else dtype, device="meta")
-        return (image.contiguous(memory_format=torch.channels_last) if image.dim() == 4 else image,)
+        return (image_like(shape, dtype),)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or not all(isinstance(t, Tensor) and t.dim() for t in inputs):
         raise TypeError("example_input must be a tensor with a batch dimension, or a sequence of such")
     return inputs
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def image_like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The input that a shape stands for: float32 under autocast, NHWC, without data."""
+    image = torch.empty(tuple(shape), dtype=torch.float32 if dtype in AUTOCAST else dtype, device="meta")
+    return image.contiguous(memory_format=torch.channels_last) if image.dim() == 4 else image
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model that torch.compile or DistributedDataParallel wraps. TypeError for a scripted one."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -172,7 +177,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _assumption(model: nn.Module, target: str | Target | None) -> Assumption:
+def assumption_of(model: nn.Module, target: str | Target | None) -> Assumption:
     if isinstance(target, str):
         return Assumption(preset(target))
     if target is not None:

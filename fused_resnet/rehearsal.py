@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .launch.record import Launch, rehearse_launches
+from .launch.record import Launch, OnKernel, rehearse_launches
 from .plan.cost import Cost, eager_costs
 from .plan.plans import Plan, decode
 
@@ -53,11 +53,14 @@ class Share:
     saved_bytes: int = 0
 
 
-def rehearse(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, training: bool) -> dict[str, Share]:
+def rehearse(
+    model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, training: bool, on_kernel: OnKernel | None = None
+) -> dict[str, Share]:
     """Runs one step of a copy of ``model`` without data: what each module did, by qualified name, and LOSS.
 
     ``inputs`` give shapes, strides and dtypes alone. ``dtype`` is autocast's where it is a 16-bit one. ``training``:
-    with a backward pass, from a cross-entropy if the output looks like class scores.
+    with a backward pass, from a cross-entropy if the output looks like class scores. ``on_kernel`` is told of every
+    kernel of ours that would run.
     """
     stage = _Stage()
     fake_mode = FakeTensorMode()
@@ -75,7 +78,7 @@ def rehearse(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype, tra
         if result is not None:
             with stage.as_owner(LOSS):
                 result.backward()
-    stage.perform()
+    stage.perform(on_kernel)
     return stage.shares
 
 
@@ -218,14 +221,14 @@ class _Stage(TorchDispatchMode):
 
         return keep
 
-    def perform(self) -> None:
+    def perform(self, on_kernel: OnKernel | None) -> None:
         """Runs our operators' own code on meta tensors, under a record of launches."""
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         for share, func, args, kwargs in self._calls:
             args, kwargs = tree_map(
                 lambda value: value.build() if isinstance(value, _Described) else value, (args, kwargs)
             )
-            with rehearse_launches() as launches, torch.no_grad():
+            with rehearse_launches(on_kernel) as launches, torch.no_grad():
                 func.redispatch(keys, *args, **kwargs)
             share.launches += launches
             share.plans.append(decode(args[0]) if args and isinstance(args[0], str) else None)

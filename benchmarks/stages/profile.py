@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import fused_resnet as fr
 from fused_resnet.launch.record import record_launches
 
 from .. import networks
@@ -26,6 +27,8 @@ def items(context: Context) -> Iterator[Item]:
 
 
 def _profile(context: Context, model: torch.nn.Module, name: str) -> dict[str, Any]:
+    if not context.dry:
+        fr.warmup(model.to(context.device.name).to(memory_format=torch.channels_last), (256, 3, 224, 224))
     training = Training(model, context.device, 256, 224)
     training.prepare()
     recorded = _record(training)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import fused_resnet as fr
+
 from .. import networks
 from ..harness import Context, Item
 from ..networks import Training
@@ -33,6 +35,9 @@ def compare(
     theirs = networks.torchvision_resnet(depth, context.dry)
     ours = networks.fused_resnet(depth, context.dry)
     ours.load_state_dict(theirs.state_dict())
+    if not context.dry:  # in parallel, before anything holds the device
+        ours = ours.to(context.device.name).to(memory_format=torch.channels_last)
+        fr.warmup(ours, (batch, 3, 224, 224), dtype)
     options = {"backend": "eager"} if context.dry else {}
     makers: dict[str, tuple[torch.nn.Module, bool, Any]] = {
         "eager": (theirs, False, None),

@@ -7,7 +7,7 @@ kept: that is how ``explain`` counts a step for a GPU that is not there, with th
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,8 +27,13 @@ class Launch(NamedTuple):
     config: dict[str, Any]
 
 
+OnKernel = Callable[[Any, dict[str, Any], dict[str, Any]], None]
+"""Is told of a kernel that would run: the jitted function, its arguments by name, its compilation options."""
+
+
 class _Rehearsal(threading.local):
     launches: list[Launch] | None = None
+    on_kernel: OnKernel | None = None
 
 
 _lock = threading.Lock()
@@ -53,14 +58,15 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def rehearse_launches() -> Iterator[list[Launch]]:
+def rehearse_launches(on_kernel: OnKernel | None = None) -> Iterator[list[Launch]]:
     """Like :func:`record_launches`, for what this thread does on ``meta`` tensors; no other record sees any of it."""
     launches: list[Launch] = []
-    before, _rehearsal.launches = _rehearsal.launches, launches
+    before = _rehearsal.launches, _rehearsal.on_kernel
+    _rehearsal.launches, _rehearsal.on_kernel = launches, on_kernel
     try:
         yield launches
     finally:
-        _rehearsal.launches = before
+        _rehearsal.launches, _rehearsal.on_kernel = before
 
 
 def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
@@ -105,14 +111,17 @@ def launch(
     by keyword, tile sizes included; warps, stages and the register cap come from ``config``.
     """
     note(kernel.fn.__name__, flops, touched, config)
-    if device.type == "meta" or 0 in grid:
+    if 0 in grid:
         return
     options: dict[str, Any] = {"num_warps": config.num_warps}
     if isinstance(config, GemmConfig):
         options["num_stages"] = config.num_stages
         if config.maxnreg is not None:
             options["maxnreg"] = config.maxnreg
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "meta":
+        if _rehearsal.on_kernel is not None:
+            _rehearsal.on_kernel(kernel, arguments, options)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**arguments, **options)
     else:
