@@ -96,7 +96,8 @@ def gram_kernel(
         else:
             a_i = load_normalised(base + x_offs_i, mask_k, mask_i, scale_i, shift_i, ACC, EVEN_K)
         acc = tl.dot(tl.trans(a_i), a_j, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        sums += tl.sum(tl.reshape(a_j, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
+        # Of a_i, the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
+        sums += tl.sum(tl.reshape(a_i, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
@@ -108,7 +109,7 @@ def gram_kernel(
     tile_ptr = partial_ptr + tl.program_id(0) * (BLOCK_N * BLOCK_N)
     tl.store(tile_ptr + offs[:, None] * BLOCK_N + offs[None, :], total)
     c_ptr = partial_ptr + TILES * (TILES + 1) // 2 * (BLOCK_N * BLOCK_N)
-    tl.store(c_ptr + offs_j, tl.sum(sums, axis=0), mask=mask_j & (row_tile == column_tile))
+    tl.store(c_ptr + offs_i, tl.sum(sums, axis=0), mask=mask_i & (row_tile == column_tile))
 
 
 @triton.jit

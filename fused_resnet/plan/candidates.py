@@ -121,11 +121,11 @@ def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int =
 
 
 def _gram(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
-    """As many parts as there are processors for them, or two or three times as many."""
+    """As many parts as there are processors, or two or three times as many."""
     for n, k, warps, stages in GRAM:
         if n <= max(64, problem.Ci):
             programs = target.sm_count // gram_tiles(problem.Ci, n)
-            for parts in (1, 2) if n > 64 else (2, 4):
+            for parts in (1, 2) if n > 64 else (2, 3):
                 if 1 <= programs * parts <= problem.M // k:
                     yield GemmConfig(n, n, k, warps, stages, programs * parts)
 

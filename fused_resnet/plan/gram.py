@@ -31,7 +31,7 @@ def gram_config(
         return GemmConfig(block_n, block_n, 128, split=max(1, min(2, rows // 128)))
     # Registers decide: the steps that do not spill beside two accumulators, and the programs that an SM then holds.
     tiles = gram_tiles(p, block_n)
-    block_k = 16 if itemsize > 2 else 64 if block_n <= 64 or (tiles == 1 and sm >= 90) else 32
+    block_k = 16 if itemsize > 2 else 64 if block_n <= 64 or sm >= 90 else 32
     programs = (3 if block_n <= 64 else 1) * sm_count
     affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
     split = min(max(affordable, sm_count // tiles), programs // tiles, ceil_div(rows, block_k) // MIN_STEPS)
