@@ -25,7 +25,7 @@ from typing import Any
 
 BLOCK_SHARED = {80: 166_912, 90: 232_448}
 SM_SHARED = {80: 167_936, 90: 233_472}
-SMALL_ONLY = ("bn_finalize", "bn_frozen", "bn_grad_finalize", "gram_reduce")
+SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "gram_reduce")
 """Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
 REGISTERS = 65_536
 PARKED = 16

@@ -101,15 +101,15 @@ BUGS = [
     Bug(
         "a wrong count in the merge",
         STATS,
-        "count = tl.minimum(rows - first_row, rows_per_tile).to(ACC)",
-        "count = (first_row * 0 + rows_per_tile).to(ACC)",
+        "count = tl.minimum(rows - first_row, rows_per_tile).to(mean.dtype)",
+        "count = (first_row * 0 + rows_per_tile).to(mean.dtype)",
         ("bottleneck",),
     ),
     Bug(
         "a merge without the means' spread",
         STATS,
-        "tl.sum(m2 + count * deviation * deviation, axis=0)",
-        "tl.sum(tl.where(mask, m2, 0.0), axis=0)",
+        "fold(m2 + count * deviation * deviation, VECTORS)",
+        "fold(m2, VECTORS)",
         ("bottleneck",),
     ),
     Bug(
@@ -123,8 +123,8 @@ BUGS = [
     Bug(
         "rows past the end in the pass over y",
         STATS,
-        "tl.where(mask, y - pivot[None, None, :], 0.0)",
-        "y - pivot[None, None, :]",
+        "tl.where(mask, y - pivot[None, :], 0.0)",
+        "y - pivot[None, :]",
         ("vendor",),
     ),
     Bug("frozen variance squared", STATS, "other=1.0).to(ACC)", "other=1.0).to(ACC) * 1.01", ("frozen",)),

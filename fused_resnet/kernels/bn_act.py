@@ -12,8 +12,8 @@ from .tiling import pass_tile, step_offsets
 
 @triton.jit
 def load_channels(row_ptr, offs_c, channels):
-    """One row of per-channel numbers, as [1, 1, BLOCK_C]."""
-    return tl.load(row_ptr + offs_c, mask=offs_c < channels, other=0.0)[None, None, :]
+    """One row of per-channel numbers, as [1, BLOCK_C]."""
+    return tl.load(row_ptr + offs_c, mask=offs_c < channels, other=0.0)[None, :]
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def bn_act_kernel(
         residual_shift = load_channels(residual_stats_ptr + 3 * channels, offs_c, channels)
 
     for start in range(0, count, VECTORS * BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS * BLOCK_M)
         y = tl.load(y_ptr + offsets, mask=mask)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + offsets, mask=mask).to(scale.dtype)

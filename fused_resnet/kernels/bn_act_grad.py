@@ -2,6 +2,7 @@
 
     bn_act_grad_reduce   dz = dout where the ReLU passed it; tiles of sum dz, sum dz * (y - mean),
                          and for a projection's raw output r, sum dz * (r - residual_mean)
+    bn_grad_merge        where there are many tiles: those of every group of neighbours added up into one
     bn_grad_finalize     dbeta = sum dz,  dgamma = rstd * sum dz * (y - mean)
                          A = gamma * rstd,  B = -A * rstd * dgamma / M,  C = -A * dbeta / M - B * mean
     bn_grad_apply        dy = A * dz + B * y + C, or A * dz where the statistics are frozen
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from .bn_act import load_channels
 from .common import affine, relu_grad
-from .tiling import pass_tile, step_offsets
+from .tiling import fold, pass_tile, step_offsets
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def bn_act_grad_reduce_kernel(
     sum_dz_y = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     sum_dz_residual = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     for start in range(0, count, VECTORS * BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS * BLOCK_M)
         dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0)
         if HAS_Y:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
@@ -76,11 +77,11 @@ def bn_act_grad_reduce_kernel(
             dz = relu_grad(dz, pre)
         if STORE_DZ:
             tl.store(dz_ptr + offsets, dz.to(dout.dtype), mask=mask)
-        sum_dz += tl.sum(dz, axis=0)
+        sum_dz += fold(dz, VECTORS)
         if HAS_Y:
-            sum_dz_y += tl.sum(dz * (y - mean), axis=0)
+            sum_dz_y += fold(dz * (y - mean), VECTORS)
         if HAS_RESIDUAL:
-            sum_dz_residual += tl.sum(dz * (residual - residual_mean), axis=0)
+            sum_dz_residual += fold(dz * (residual - residual_mean), VECTORS)
 
     mask_c = offs_c < channels
     tiles_ptr += tile.to(tl.int64) * channels
@@ -88,6 +89,52 @@ def bn_act_grad_reduce_kernel(
     tl.store(tiles_ptr + plane + offs_c, tl.sum(sum_dz_y, axis=0), mask=mask_c)
     if HAS_RESIDUAL:
         tl.store(tiles_ptr + 2 * plane + offs_c, tl.sum(sum_dz_residual, axis=0), mask=mask_c)
+
+
+@triton.jit
+def tile_sums(
+    dz_ptr,
+    dz_y_ptr,
+    tiles,
+    offs_c,
+    channels,
+    ACC: tl.constexpr,
+    VECTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Both sums over ``tiles`` tiles, [BLOCK_C] each."""
+    sum_dz = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
+    sum_dz_y = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
+    for start in range(0, tiles, VECTORS * BLOCK_T):
+        offsets, mask = step_offsets(start, tiles, offs_c, channels, VECTORS * BLOCK_T)
+        sum_dz += fold(tl.load(dz_ptr + offsets, mask=mask, other=0.0), VECTORS)
+        sum_dz_y += fold(tl.load(dz_y_ptr + offsets, mask=mask, other=0.0), VECTORS)
+    return tl.sum(sum_dz, axis=0), tl.sum(sum_dz_y, axis=0)
+
+
+@triton.jit
+def bn_grad_merge_kernel(
+    tiles_ptr,
+    merged_ptr,
+    channels,
+    tiles,
+    tiles_per_group,
+    plane,
+    merged_plane,
+    ROW: tl.constexpr,
+    ACC: tl.constexpr,
+    VECTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group, first, count, offs_c = pass_tile(tiles, channels, tiles_per_group, BLOCK_C)
+    tiles_ptr += first * channels
+    row_ptr = tiles_ptr + ROW * plane
+    sum_dz, sum_dz_y = tile_sums(tiles_ptr, row_ptr, count, offs_c, channels, ACC, VECTORS, BLOCK_T, BLOCK_C)
+    merged_ptr += group * channels
+    tl.store(merged_ptr + offs_c, sum_dz, mask=offs_c < channels)
+    tl.store(merged_ptr + merged_plane + offs_c, sum_dz_y, mask=offs_c < channels)
 
 
 @triton.jit
@@ -112,18 +159,11 @@ def bn_grad_finalize_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     row_ptr = tiles_ptr + ROW * plane
-
-    sum_dz = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    sum_dz_y = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    for start in range(0, tiles, VECTORS * BLOCK_T):
-        offsets, mask = step_offsets(start, tiles, offs_c, channels, VECTORS, BLOCK_T)
-        sum_dz += tl.sum(tl.load(tiles_ptr + offsets, mask=mask, other=0.0), axis=0)
-        sum_dz_y += tl.sum(tl.load(row_ptr + offsets, mask=mask, other=0.0), axis=0)
+    dbeta, sum_dz_y = tile_sums(tiles_ptr, row_ptr, tiles, offs_c, channels, ACC, VECTORS, BLOCK_T, BLOCK_C)
 
     mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
     rstd = tl.load(stats_ptr + channels + offs_c, mask=mask_c, other=0.0)
-    dbeta = tl.sum(sum_dz, axis=0)
-    dgamma = rstd * tl.sum(sum_dz_y, axis=0)
+    dgamma = rstd * sum_dz_y
     a = rstd
     if HAS_WEIGHT:
         a = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC) * rstd
@@ -160,7 +200,7 @@ def bn_grad_apply_kernel(
         c = load_channels(coeffs_ptr + 2 * channels, offs_c, channels)
 
     for start in range(0, count, VECTORS * BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS * BLOCK_M)
         dz = tl.load(dz_ptr + offsets, mask=mask)
         if HAS_Y:
             y = tl.load(y_ptr + offsets, mask=mask).to(a.dtype)

@@ -1,11 +1,12 @@
 """Batch statistics: per-tile mean and M2 of y [M, C], their merge, and the rows every other kernel normalises with.
 
     bn_stats      y [M, C] -> tiles [2, T, C]                mean and M2 = sum (y - mean)^2 of every rows_per_tile rows
-    bn_finalize   tiles [2, T, C] -> stats [4, C]            Chan's merge; the running statistics, in place
+    bn_merge      tiles [2, T, C] -> tiles [2, G, C]         Chan's merge of every group of neighbours into one tile
+    bn_finalize   tiles [2, T, C] -> stats [4, C]            the same of all of them; the running statistics, in place
     bn_frozen     running_mean, running_var -> stats [4, C]
     stats rows    0 mean, 1 rstd, 2 scale = gamma * rstd, 3 shift = beta - mean * scale
 
-Both reductions sum deviations from a pivot p, the mean of the first block of what they reduce:
+All reductions sum deviations from a pivot p, the mean of the first block of what they reduce:
 
     S = sum (v - p),  Q = sum (v - p)^2      ->      mean = p + S / n,  M2 = Q - S^2 / n
 
@@ -17,7 +18,7 @@ S and Q of different lanes simply add, so no lane needs a count. The subtraction
 import triton
 import triton.language as tl
 
-from .tiling import pass_tile, step_offsets, step_rows
+from .tiling import fold, pass_tile, step_offsets
 
 
 @triton.jit
@@ -26,6 +27,13 @@ def centred(pivot, shifted_sum, squared_sum, count):
     offset = shifted_sum / count
     m2 = squared_sum - shifted_sum * offset
     return pivot + offset, tl.where(m2 < 0.0, 0.0, m2)
+
+
+@triton.jit
+def deviations(y, mask, pivot, VECTORS: tl.constexpr):
+    """(S, Q) of one step, a sum per lane."""
+    deviation = tl.where(mask, y - pivot[None, :], 0.0)
+    return fold(deviation, VECTORS), fold(deviation * deviation, VECTORS)
 
 
 @triton.jit
@@ -44,18 +52,16 @@ def bn_stats_kernel(
     tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
 
-    offsets, mask = step_offsets(0, count, offs_c, channels, VECTORS, BLOCK_M)
+    offsets, mask = step_offsets(0, count, offs_c, channels, VECTORS * BLOCK_M)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    pivot = tl.sum(tl.sum(y, axis=0), axis=0) / tl.minimum(count, VECTORS * BLOCK_M)
-
-    shifted = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
-    squared = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
-    for start in range(0, count, VECTORS * BLOCK_M):
-        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS, BLOCK_M)
+    pivot = tl.sum(fold(y, VECTORS), axis=0) / tl.minimum(count, VECTORS * BLOCK_M)
+    shifted, squared = deviations(y, mask, pivot, VECTORS)
+    for start in range(VECTORS * BLOCK_M, count, VECTORS * BLOCK_M):
+        offsets, mask = step_offsets(start, count, offs_c, channels, VECTORS * BLOCK_M)
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        deviation = tl.where(mask, y - pivot[None, None, :], 0.0)
-        shifted += tl.sum(deviation, axis=0)
-        squared += tl.sum(deviation * deviation, axis=0)
+        more_shifted, more_squared = deviations(y, mask, pivot, VECTORS)
+        shifted += more_shifted
+        squared += more_squared
 
     mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), count)
     tiles_ptr += tile.to(tl.int64) * channels
@@ -101,6 +107,68 @@ def update_running(running_ptr, value, momentum, offs_c, mask_c):
 
 
 @triton.jit
+def tile_deviations(mean, m2, mask, pivot, start, rows, rows_per_tile, VECTORS: tl.constexpr):
+    """(S, Q) of all values in the step of tiles that begins at tile ``start``, a sum per lane."""
+    first_row = (start + tl.arange(0, mean.shape[0]))[:, None].to(tl.int64) * rows_per_tile
+    count = tl.minimum(rows - first_row, rows_per_tile).to(mean.dtype)
+    deviation = tl.where(mask, mean - pivot[None, :], 0.0)
+    return fold(count * deviation, VECTORS), fold(m2 + count * deviation * deviation, VECTORS)
+
+
+@triton.jit
+def merge_tiles(
+    tiles_ptr,
+    plane,
+    tiles,
+    rows,
+    rows_per_tile,
+    offs_c,
+    channels,
+    VECTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """(mean, M2), [BLOCK_C] each, of ``tiles`` tiles that hold ``rows`` rows together."""
+    ROWS: tl.constexpr = VECTORS * BLOCK_T
+    offsets, mask = step_offsets(0, tiles, offs_c, channels, ROWS)
+    mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
+    m2 = tl.load(tiles_ptr + plane + offsets, mask=mask, other=0.0)
+    pivot = tl.sum(fold(mean, VECTORS), axis=0) / tl.minimum(tiles, ROWS)
+    shifted, squared = tile_deviations(mean, m2, mask, pivot, 0, rows, rows_per_tile, VECTORS)
+    for start in range(ROWS, tiles, ROWS):
+        offsets, mask = step_offsets(start, tiles, offs_c, channels, ROWS)
+        mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
+        m2 = tl.load(tiles_ptr + plane + offsets, mask=mask, other=0.0)
+        more_shifted, more_squared = tile_deviations(mean, m2, mask, pivot, start, rows, rows_per_tile, VECTORS)
+        shifted += more_shifted
+        squared += more_squared
+    return centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), rows)
+
+
+@triton.jit
+def bn_merge_kernel(
+    tiles_ptr,
+    merged_ptr,
+    rows,
+    channels,
+    rows_per_tile,
+    tiles,
+    tiles_per_group,
+    plane,
+    merged_plane,
+    VECTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group, first, count, offs_c = pass_tile(tiles, channels, tiles_per_group, BLOCK_C)
+    rows_here = tl.minimum(rows - first * rows_per_tile, count.to(tl.int64) * rows_per_tile)
+    tiles_ptr += first * channels
+    mean, m2 = merge_tiles(tiles_ptr, plane, count, rows_here, rows_per_tile, offs_c, channels, VECTORS, BLOCK_T)
+    merged_ptr += group * channels
+    tl.store(merged_ptr + offs_c, mean, mask=offs_c < channels)
+    tl.store(merged_ptr + merged_plane + offs_c, m2, mask=offs_c < channels)
+
+
+@triton.jit
 def bn_finalize_kernel(
     tiles_ptr,
     stats_ptr,
@@ -116,7 +184,6 @@ def bn_finalize_kernel(
     plane,
     eps: tl.float64,
     momentum: tl.float64,
-    ACC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RUNNING_MEAN: tl.constexpr,
@@ -128,24 +195,7 @@ def bn_finalize_kernel(
 ):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-
-    offsets, mask = step_offsets(0, tiles, offs_c, channels, VECTORS, BLOCK_T)
-    mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
-    pivot = tl.sum(tl.sum(mean, axis=0), axis=0) / tl.minimum(tiles, VECTORS * BLOCK_T)
-
-    shifted = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    squared = tl.zeros([BLOCK_T, BLOCK_C], dtype=ACC)
-    for start in range(0, tiles, VECTORS * BLOCK_T):
-        offsets, mask = step_offsets(start, tiles, offs_c, channels, VECTORS, BLOCK_T)
-        mean = tl.load(tiles_ptr + offsets, mask=mask, other=0.0)
-        m2 = tl.load(tiles_ptr + plane + offsets, mask=mask, other=0.0)
-        first_row = step_rows(start, VECTORS, BLOCK_T).to(tl.int64) * rows_per_tile
-        count = tl.minimum(rows - first_row, rows_per_tile).to(ACC)
-        deviation = tl.where(mask, mean - pivot[None, None, :], 0.0)
-        shifted += tl.sum(count * deviation, axis=0)
-        squared += tl.sum(m2 + count * deviation * deviation, axis=0)
-
-    mean, m2 = centred(pivot, tl.sum(shifted, axis=0), tl.sum(squared, axis=0), rows)
+    mean, m2 = merge_tiles(tiles_ptr, plane, tiles, rows, rows_per_tile, offs_c, channels, VECTORS, BLOCK_T)
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, m2 / rows, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
     if HAS_COUNTER:
         momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)

@@ -20,19 +20,18 @@ def pass_tile(rows, channels, rows_per_tile, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def step_rows(start, VECTORS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rows of one step, [VECTORS, BLOCK_M, 1].
-
-    A thread holds one vector of channels in each of VECTORS row groups: it loads them at once, and adds them up
-    (axis 0) without a word to its neighbours.
-    """
-    groups = start + tl.arange(0, VECTORS) * BLOCK_M
-    return (groups[:, None] + tl.arange(0, BLOCK_M)[None, :])[:, :, None]
+def step_offsets(start, count, offs_c, channels, ROWS: tl.constexpr):
+    """(offsets from the tile's first element, mask), [ROWS, BLOCK_C], of the step that begins at row ``start``."""
+    offs_m = start + tl.arange(0, ROWS)[:, None]
+    return offs_m * channels + offs_c[None, :], (offs_m < count) & (offs_c < channels)[None, :]
 
 
 @triton.jit
-def step_offsets(start, count, offs_c, channels, VECTORS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(offsets from the tile's first element, mask) of the step that begins at row ``start`` of the tile."""
-    offs_m = step_rows(start, VECTORS, BLOCK_M)
-    offs_c = offs_c[None, None, :]
-    return offs_m * channels + offs_c, (offs_m < count) & (offs_c < channels)
+def fold(values, VECTORS: tl.constexpr):
+    """Adds up the row groups of a step, [VECTORS * BLOCK_M, BLOCK_C] -> [BLOCK_M, BLOCK_C].
+
+    A thread holds a vector of channels in each of the groups: it adds them up without a word to its neighbours.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    BLOCK_C: tl.constexpr = values.shape[1]
+    return tl.sum(tl.reshape(values, (VECTORS, ROWS // VECTORS, BLOCK_C)), axis=0)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from ..kernels.bn_act_grad import bn_act_grad_reduce_kernel, bn_grad_apply_kernel, bn_grad_finalize_kernel
+from ..kernels.bn_act_grad import (
+    bn_act_grad_reduce_kernel,
+    bn_grad_apply_kernel,
+    bn_grad_finalize_kernel,
+    bn_grad_merge_kernel,
+)
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, merge_config, step
+from ..plan.passes import ceil_div, group_config, merge_config, step
 from .check import accumulation_dtype, require_device, require_image, require_nhwc, require_rows, require_shape
 from .record import launch
 
@@ -95,6 +100,35 @@ def bn_act_grad_reduce(
     return (stored if relu else dout), data
 
 
+def bn_grad_merge(tiles: torch.Tensor, row: int, config: PassConfig) -> torch.Tensor:
+    """Rows 0 and ``row`` of ``tiles`` [K, T, C], every ``config.block_m`` neighbours added up: [2, G, C]."""
+    _, count, channels = tiles.shape
+    groups = ceil_div(count, config.block_m)
+    vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
+    merged = torch.empty((2, groups, channels), dtype=tiles.dtype, device=tiles.device)
+    launch(
+        bn_grad_merge_kernel,
+        (groups * ceil_div(channels, config.block_c),),
+        touched=(2 * count * channels * tiles.element_size(), merged),
+        flops=0,
+        config=config,
+        device=tiles.device,
+        tiles_ptr=tiles,
+        merged_ptr=merged,
+        channels=channels,
+        tiles=count,
+        tiles_per_group=config.block_m,
+        plane=count * channels,
+        merged_plane=groups * channels,
+        ROW=row,
+        ACC=_acc(tiles.dtype),
+        VECTORS=vectors,
+        BLOCK_T=block_t,
+        BLOCK_C=config.block_c,
+    )
+    return merged
+
+
 def bn_grad_finalize(
     tiles: torch.Tensor, stats: torch.Tensor, weight: torch.Tensor | None, rows: int, *, row: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +148,11 @@ def bn_grad_finalize(
         require_shape(weight, (channels,), "weight")
     dgamma, dbeta = (torch.empty(channels, dtype=tiles.dtype, device=tiles.device) for _ in range(2))
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
-    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
+    interpreter = tiles.device.type == "cpu"
+    if groups := group_config(count, channels, interpreter=interpreter):
+        tiles, row = bn_grad_merge(tiles, row, groups), 1
+        count = tiles.shape[1]
+    config = merge_config(count, channels, interpreter=interpreter)
     vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_grad_finalize_kernel,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_stats_kernel
+from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_merge_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, merge_config, step
+from ..plan.passes import ceil_div, group_config, merge_config, step
 from .check import DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
 from .record import launch
 from .tiles import StatTiles
@@ -45,6 +45,36 @@ def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
     return StatTiles(data, config.block_m, rows)
 
 
+def bn_merge(tiles: StatTiles, config: PassConfig) -> StatTiles:
+    """One tile for every ``config.block_m`` neighbours of ``tiles``: the same statistics in fewer tiles."""
+    data = tiles.data
+    _, count, channels = data.shape
+    groups = ceil_div(count, config.block_m)
+    vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
+    merged = torch.empty((2, groups, channels), dtype=data.dtype, device=data.device)
+    launch(
+        bn_merge_kernel,
+        (groups * ceil_div(channels, config.block_c),),
+        touched=(data, merged),
+        flops=0,
+        config=config,
+        device=data.device,
+        tiles_ptr=data,
+        merged_ptr=merged,
+        rows=tiles.rows,
+        channels=channels,
+        rows_per_tile=tiles.rows_per_tile,
+        tiles=count,
+        tiles_per_group=config.block_m,
+        plane=count * channels,
+        merged_plane=groups * channels,
+        VECTORS=vectors,
+        BLOCK_T=block_t,
+        BLOCK_C=config.block_c,
+    )
+    return StatTiles(merged, tiles.rows_per_tile * config.block_m, tiles.rows)
+
+
 def bn_finalize(
     tiles: StatTiles,
     *,
@@ -70,7 +100,12 @@ def bn_finalize(
     require_device(data.device, counter=counter)
     _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
-    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
+    interpreter = data.device.type == "cpu"
+    if groups := group_config(count, channels, interpreter=interpreter):
+        tiles = bn_merge(tiles, groups)
+        data = tiles.data
+        count = data.shape[1]
+    config = merge_config(count, channels, interpreter=interpreter)
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     running = [t for t in (running_mean, running_var) if t is not None]
     launch(
@@ -94,7 +129,6 @@ def bn_finalize(
         plane=count * channels,
         eps=float(eps),
         momentum=float(momentum),
-        ACC=tl.float64 if data.dtype == torch.float64 else tl.float32,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         HAS_RUNNING_MEAN=running_mean is not None,

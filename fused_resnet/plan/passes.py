@@ -10,6 +10,10 @@ from .config import PassConfig
 
 VECTOR_BYTES = 16
 WARP = 32
+FEW_TILES = 1024
+"""So many are merged in one step."""
+MERGED_TILES = 256
+"""At most so many are left of more."""
 INTERPRETER_WARPS = 128  # sizes the steps there, nothing else
 INTERPRETER_ELEMENTS = 1 << 20
 
@@ -64,10 +68,22 @@ def cast_config(elements: int, *, interpreter: bool = False) -> PassConfig:
     return PassConfig(block_m=1, block_c=min(next_power_of_2(elements), INTERPRETER_ELEMENTS) if interpreter else 1024)
 
 
+def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig | None:
+    """A merge of every ``block_m`` neighbours among [T, C] tiles, so that few are left; ``None`` where few are.
+
+    Hundreds of programs read a step each; the few of :func:`merge_config` would take one step after another.
+    """
+    if tiles <= FEW_TILES:
+        return None
+    block_t = next_power_of_2(ceil_div(tiles, MERGED_TILES))
+    block_c = min(next_power_of_2(channels), 512 if interpreter else 64)
+    return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (16 * WARP), 8)))
+
+
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
-    block_t = min(next_power_of_2(tiles), 1024)
+    block_t = min(next_power_of_2(tiles), FEW_TILES)
     return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (8 * WARP), 16)))
 
 

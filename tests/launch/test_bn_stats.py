@@ -8,14 +8,20 @@ import torch
 
 import fused_resnet.kernels.bn_stats as kernels
 from fused_resnet.launch import bn_stats as launcher
-from fused_resnet.launch.bn_stats import bn_finalize, bn_frozen, bn_stats
+from fused_resnet.launch.bn_stats import bn_finalize, bn_frozen, bn_merge, bn_stats
 from fused_resnet.launch.record import record_launches
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
-from fused_resnet.plan.passes import reduce_config
+from fused_resnet.plan.passes import FEW_TILES, reduce_config
 
 SMALL = PassConfig(block_m=24, block_c=16, num_warps=1)  # several tiles, several steps, a last partial one
-CONFIGS = {"small": SMALL, "odd": PassConfig(7, 8, 1), "interpreter": reduce_config(70, 20, 4, interpreter=True)}
+LONG = PassConfig(block_m=96, block_c=16, num_warps=1)  # several steps of whole vectors in every dtype
+CONFIGS = {
+    "small": SMALL,
+    "odd": PassConfig(7, 8, 1),
+    "long": LONG,
+    "interpreter": reduce_config(70, 20, 4, interpreter=True),
+}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
 SHAPES = [(2, 3, 5, 7), (2, 20, 5, 7), (3, 70, 4, 4), (1, 5, 1, 1), (4, 16, 6, 6)]
 
@@ -128,9 +134,9 @@ def test_nan_poisons_its_own_channel_alone(poison, row, device):
     assert running[0][others].isfinite().all() and running[1][others].isfinite().all()
 
 
-def synthetic_tiles(rows, rows_per_tile, channels, dtype, device):
-    """Tiles by torch alone, more than one block of the merge, with the values that they came from."""
-    values = 3 + torch.randn(rows, channels, dtype=torch.float64)
+def synthetic_tiles(rows, rows_per_tile, channels, dtype, device, mean=3.0):
+    """Tiles by torch alone, with the values that they came from."""
+    values = mean + torch.randn(rows, channels, dtype=torch.float64)
     groups = values.split(rows_per_tile)
     mean = torch.stack([group.mean(0) for group in groups])
     m2 = torch.stack([((group - group.mean(0)) ** 2).sum(0) for group in groups])
@@ -144,6 +150,67 @@ def test_merge(rows, dtype, device):
     stats = finalize(tiles)
     torch.testing.assert_close(variance(stats), values.var(0, unbiased=False), rtol=tolerance(dtype), atol=0)
     torch.testing.assert_close(stats[0].double(), values.mean(0), rtol=tolerance(dtype), atol=0)
+
+
+GROUPS = {
+    "short last group": PassConfig(100, 16, 1),  # several steps, the last one partial
+    "one tile in the last": PassConfig(157, 4, 1),
+    "all in one": PassConfig(1200, 4, 2),
+    "a few each": PassConfig(7, 32, 1),
+}
+
+
+@pytest.mark.parametrize("config", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_merged_tiles_are_tiles_of_longer_runs(dtype, config, device):
+    tiles, values = synthetic_tiles(5 * 1100 - 3, 5, 20, dtype, device)
+    merged = bn_merge(tiles, config)
+    groups = values.split(5 * config.block_m)
+    assert merged.rows_per_tile == 5 * config.block_m and merged.rows == tiles.rows
+    assert merged.data.shape == (2, len(groups), 20) and merged.data.dtype == dtype
+    mean = torch.stack([group.mean(0) for group in groups])
+    m2 = torch.stack([((group - group.mean(0)) ** 2).sum(0) for group in groups])
+    close = {"rtol": tolerance(dtype), "atol": tolerance(dtype)}
+    torch.testing.assert_close(merged.data[0].double(), mean, **close)
+    torch.testing.assert_close(merged.data[1].double(), m2, **close)
+
+
+@pytest.mark.parametrize("ratio", [100, 1e4])
+def test_many_tiles_far_from_zero(ratio, device):
+    """A first merge of groups, then the merge of what is left."""
+    count = 2 * FEW_TILES + 5
+    tiles, _ = synthetic_tiles(3 * count - 2, 3, 4, torch.float32, device, mean=ratio)
+    with record_launches() as launches:
+        stats = finalize(tiles)
+    assert [launch.kernel for launch in launches] == ["bn_merge_kernel", "bn_finalize_kernel"]
+    mean, m2 = tiles.data.double()
+    n = torch.full((count, 1), 3.0, dtype=torch.float64, device=device)
+    n[-1] = 1
+    expected = (n * mean).sum(0) / tiles.rows
+    var = (m2 + n * (mean - expected) ** 2).sum(0) / tiles.rows
+    torch.testing.assert_close(stats[0].double(), expected, rtol=1e-7, atol=0)
+    rounding = ratio * 2.0**-24 * tiles.rows**-0.5 + (ratio * 2.0**-24) ** 2  # of the groups' means
+    torch.testing.assert_close(variance(stats), var, rtol=5e-7 + 4 * rounding, atol=0)
+
+
+@pytest.mark.parametrize("tile", [0, 700, -1])
+def test_nan_in_one_of_many_tiles(tile, device):
+    tiles, _ = synthetic_tiles(2 * (FEW_TILES + 9) - 1, 2, 5, torch.float32, device)
+    clean = finalize(tiles)
+    tiles.data[:, tile, 3] = float("nan")
+    stats = finalize(tiles)
+    others = torch.arange(5, device=device) != 3
+    assert stats[:, 3].isnan().all()
+    assert torch.equal(stats[:, others], clean[:, others])
+
+
+def test_running_statistics_of_many_tiles(device):
+    tiles, values = synthetic_tiles(2 * (FEW_TILES + 9) - 1, 2, 5, torch.float32, device)
+    running = torch.zeros(5, device=device), torch.zeros(5, device=device)
+    counter = torch.full((), 4, dtype=torch.int64, device=device)
+    finalize(tiles, running_mean=running[0], running_var=running[1], counter=counter)
+    torch.testing.assert_close(running[0].double(), values.mean(0) / 4, rtol=2e-6, atol=0)
+    torch.testing.assert_close(running[1].double(), values.var(0) / 4, rtol=2e-6, atol=0)
 
 
 def test_merge_is_reproducible(device):
@@ -213,6 +280,16 @@ def test_meta_tensors_are_recorded_alone():
     assert [launch.bytes for launch in launches] == [2 * 64 * 35 * 2 + tiles, tiles + 5 * 64 * 4]
 
 
+def test_groups_are_recorded_too():
+    count = 6272
+    data = torch.empty((2, count, 64), device="meta")
+    with record_launches() as launches:
+        finalize(StatTiles(data, 128, 128 * count))
+    assert [launch.kernel for launch in launches] == ["bn_merge_kernel", "bn_finalize_kernel"]
+    merged = 2 * 196 * 64 * 4
+    assert [launch.bytes for launch in launches] == [2 * count * 64 * 4 + merged, merged + 4 * 64 * 4]
+
+
 def test_errors(device):
     y = images((2, 5, 5, 7), torch.float32, device)
     with pytest.raises(ValueError, match="channels_last"):
@@ -230,14 +307,25 @@ PLANTED = {
     "every tile counts the same": ("tl.minimum(rows - first_row, rows_per_tile)", "(rows_per_tile + 0 * first_row)"),
     "no spread between tiles": ("m2 + count * deviation * deviation", "m2"),
     "spread not weighted": ("m2 + count * deviation * deviation", "m2 + deviation * deviation"),
-    "a lost last tile": ("step_offsets(start, tiles, offs_c", "step_offsets(start, tiles - 1, offs_c"),
-    "one block of tiles": ("range(0, tiles, VECTORS * BLOCK_T)", "range(0, 1)"),
+    "a lost last tile": ("step_offsets(0, tiles, offs_c", "step_offsets(0, tiles - 1, offs_c"),
+    "a lost last tile of a later step": ("step_offsets(start, tiles, offs_c", "step_offsets(start, tiles - 1, offs_c"),
+    "a lost last tile of the last group": ("pass_tile(tiles, channels,", "pass_tile(tiles - 1, channels,"),
+    "one step of tiles": ("range(ROWS, tiles, ROWS)", "range(ROWS, ROWS, ROWS)"),
+    "every step counts as the first": (
+        "= tile_deviations(mean, m2, mask, pivot, start,",
+        "= tile_deviations(mean, m2, mask, pivot, 0,",
+    ),
+    "every group counts the same": ("tl.minimum(rows - first * rows_per_tile, ", "(0 * rows + "),
+    "one step of rows": ("range(VECTORS * BLOCK_M, count, ", "range(VECTORS * BLOCK_M, VECTORS, "),
     "unbiased variance": ("m2 / rows, eps", "m2 / (rows - 1), eps"),
     "eps twice": ("tl.sqrt(var + eps)", "tl.sqrt(var + eps + eps)"),
     "no correction of the pivot": ("squared_sum - shifted_sum * offset", "squared_sum"),
     "the pivot as mean": ("return pivot + offset,", "return pivot,"),
-    "pivot in masked rows": ("tl.where(mask, y - pivot[None, None, :], 0.0)", "y - pivot[None, None, :]"),
-    "sums of squares": ("    shifted = tl.zeros([BLOCK_M", "    pivot = pivot * 0.0\n    shifted = tl.zeros([BLOCK_M"),
+    "pivot in masked rows": ("tl.where(mask, y - pivot[None, :], 0.0)", "y - pivot[None, :]"),
+    "sums of squares": (
+        "    shifted, squared = deviations(",
+        "    pivot = pivot * 0.0\n    shifted, squared = deviations(",
+    ),
     "biased running variance": ("m2 / tl.maximum(rows - 1, 1)", "m2 / rows"),
 }
 
@@ -253,10 +341,10 @@ def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
     spec = importlib.util.spec_from_file_location("fused_resnet.kernels.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
-    for kernel in ("bn_stats_kernel", "bn_finalize_kernel"):
+    for kernel in ("bn_stats_kernel", "bn_merge_kernel", "bn_finalize_kernel"):
         monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))
     caught = []
-    for check in (check_far_from_zero, check_many_tiles):
+    for check in CHECKS:
         try:
             check(device)
         except AssertionError:
@@ -266,12 +354,13 @@ def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
 
 def check_far_from_zero(device):
     y = images((2, 5, 25, 25), torch.float32, device, mean=100.0, std=1.0)
-    running = torch.ones(5, device=device)
-    stats = finalize(bn_stats(y, SMALL), eps=1e-3, running_var=running, momentum=1.0)
     mean, var = moments(y)
-    assert torch.allclose(variance(stats), var + 1e-3, rtol=2e-5, atol=0)
-    assert torch.allclose(stats[0].double(), mean, rtol=1e-6, atol=0)
-    assert torch.allclose(running.double(), var * 1250 / 1249, rtol=2e-5, atol=0)
+    for config in (SMALL, LONG):
+        running = torch.ones(5, device=device)
+        stats = finalize(bn_stats(y, config), eps=1e-3, running_var=running, momentum=1.0)
+        assert torch.allclose(variance(stats), var + 1e-3, rtol=2e-5, atol=0)
+        assert torch.allclose(stats[0].double(), mean, rtol=1e-6, atol=0)
+        assert torch.allclose(running.double(), var * 1250 / 1249, rtol=2e-5, atol=0)
 
 
 def check_many_tiles(device):
@@ -281,6 +370,16 @@ def check_many_tiles(device):
     assert torch.allclose(stats[0].double(), values.mean(0), rtol=1e-6, atol=0)
 
 
-def test_the_checks_pass_without_a_planted_error(device):
-    check_far_from_zero(device)
-    check_many_tiles(device)
+def check_groups(device):
+    tiles, values = synthetic_tiles(5 * 270 - 3, 5, 3, torch.float32, device)
+    stats = finalize(bn_merge(tiles, PassConfig(100, 16, 1)))
+    assert torch.allclose(variance(stats), values.var(0, unbiased=False), rtol=1e-5, atol=0)
+    assert torch.allclose(stats[0].double(), values.mean(0), rtol=1e-6, atol=0)
+
+
+CHECKS = (check_far_from_zero, check_many_tiles, check_groups)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_checks_pass_without_a_planted_error(check, device):
+    check(device)
