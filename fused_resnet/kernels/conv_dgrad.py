@@ -35,6 +35,52 @@ def class_taps(
 
 
 @triton.jit
+def epilogue_tile(
+    mask_input_ptr,
+    residual_ptr,
+    offs_m,
+    offs_n,
+    M,
+    Hc,
+    Wc,
+    ch,
+    cw,
+    H,
+    W,
+    Ci,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    RESIDUAL_STRIDE_H: tl.constexpr,
+    RESIDUAL_STRIDE_W: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Of a tile of dx: its offsets, its mask, and the tile of mask_input or of the residual (of neither: the mask)."""
+    RESIDUAL_STRIDED: tl.constexpr = HAS_RESIDUAL and (RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1)
+    mask = (offs_m < M)[:, None] & (offs_n < Ci)[None, :]
+    row = offs_m
+    if STRIDE_H > 1 or STRIDE_W > 1 or RESIDUAL_STRIDED:
+        n, hc, wc = split_rows(offs_m, Hc, Wc)
+        h = hc * STRIDE_H + ch
+        w = wc * STRIDE_W + cw
+        row = (n * H + h) * W + w
+    offs_dx = row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
+    other = mask
+    if HAS_MASK:
+        other = tl.load(mask_input_ptr + offs_dx, mask=mask, other=0.0)
+    elif RESIDUAL_STRIDED:
+        rows_h = (H + RESIDUAL_STRIDE_H - 1) // RESIDUAL_STRIDE_H
+        rows_w = (W + RESIDUAL_STRIDE_W - 1) // RESIDUAL_STRIDE_W
+        residual_row = (n * rows_h + h // RESIDUAL_STRIDE_H) * rows_w + w // RESIDUAL_STRIDE_W
+        sampled = (h % RESIDUAL_STRIDE_H == 0) & (w % RESIDUAL_STRIDE_W == 0)
+        offs_residual = residual_row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
+        other = tl.load(residual_ptr + offs_residual, mask=mask & sampled[:, None], other=0.0)
+    elif HAS_RESIDUAL:
+        other = tl.load(residual_ptr + offs_dx, mask=mask, other=0.0)
+    return offs_dx, mask, other
+
+
+@triton.jit
 def conv_dgrad_kernel(
     dy_ptr,
     y_ptr,
@@ -71,6 +117,7 @@ def conv_dgrad_kernel(
     HAS_MASK: tl.constexpr,
     HAS_MASK_STATS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PREFETCH: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -120,6 +167,11 @@ def conv_dgrad_kernel(
     offs_a = row.to(tl.int64)[:, None] * Co + offs_k[None, :]
     w_ptrs = w_ptr + offs_k[:, None] * (R * S * Ci) + offs_n[None, :]
 
+    if PREFETCH:  # it arrives while the main loop runs
+        offs_dx, mask, other = epilogue_tile(
+            mask_input_ptr, residual_ptr, offs_m, offs_n, M, Hc, Wc, ch, cw, H, W, Ci, STRIDE_H, STRIDE_W,
+            RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+        )  # fmt: skip
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
     if not UNSTRIDED:
         iterations = tl.where(pid_m * BLOCK_M < M, iterations, 0)
@@ -161,31 +213,17 @@ def conv_dgrad_kernel(
 
     if TRANSPOSED:
         acc = tl.trans(acc)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & mask_n[None, :]
-    RESIDUAL_STRIDED: tl.constexpr = RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1
-    row = offs_m
-    if not UNSTRIDED or (HAS_RESIDUAL and RESIDUAL_STRIDED):
-        n, hc, wc = split_rows(offs_m, Hc, Wc)
-        h = hc * STRIDE_H + ch
-        w = wc * STRIDE_W + cw
-        row = (n * H + h) * W + w
-    offs_dx = row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
-
+    if not PREFETCH:
+        offs_dx, mask, other = epilogue_tile(
+            mask_input_ptr, residual_ptr, offs_m, offs_n, M, Hc, Wc, ch, cw, H, W, Ci, STRIDE_H, STRIDE_W,
+            RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+        )  # fmt: skip
     if HAS_RESIDUAL:
-        if RESIDUAL_STRIDED:
-            rows_h = (H + RESIDUAL_STRIDE_H - 1) // RESIDUAL_STRIDE_H
-            rows_w = (W + RESIDUAL_STRIDE_W - 1) // RESIDUAL_STRIDE_W
-            residual_row = (n * rows_h + h // RESIDUAL_STRIDE_H) * rows_w + w // RESIDUAL_STRIDE_W
-            sampled = (h % RESIDUAL_STRIDE_H == 0) & (w % RESIDUAL_STRIDE_W == 0)
-            offs_residual = residual_row.to(tl.int64)[:, None] * Ci + offs_n[None, :]
-            acc += tl.load(residual_ptr + offs_residual, mask=mask & sampled[:, None], other=0.0).to(ACC)
-        else:
-            acc += tl.load(residual_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
+        acc += other.to(ACC)
     if HAS_MASK:
         if not TRANSPOSED:  # rounded before the mask selects: the same values
             acc = as_stored(dx_ptr + offs_dx, acc.to(dx_ptr.dtype.element_ty), N < 0).to(ACC)
-        x = tl.load(mask_input_ptr + offs_dx, mask=mask, other=0.0).to(ACC)
+        x = other.to(ACC)
         if HAS_MASK_STATS:
             scale = tl.load(mask_stats_ptr + 2 * Ci + offs_n, mask=mask_n, other=0.0)
             shift = tl.load(mask_stats_ptr + 3 * Ci + offs_n, mask=mask_n, other=0.0)
@@ -196,7 +234,7 @@ def conv_dgrad_kernel(
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
 
     if HAS_MASK:
-        dz = tl.where(mask_m[:, None], dx.to(ACC), 0.0)
+        dz = tl.where((offs_m < M)[:, None], dx.to(ACC), 0.0)
         tile_ptrs = tiles_ptr + tile * Ci + offs_n
         tl.store(tile_ptrs, tl.sum(dz, axis=0), mask=mask_n)
         if HAS_MASK_STATS:

@@ -109,6 +109,7 @@ def conv_dgrad(
         HAS_MASK=mask_input is not None,
         HAS_MASK_STATS=mask_stats is not None,
         HAS_RESIDUAL=residual is not None,
+        PREFETCH=config.prefetch and (mask_input is not None or residual is not None),
         EVEN_K=p.Co % config.block_k == 0,
         EVEN_N=p.Ci % config.block_n == 0,
         TRANSPOSED=config.transposed,

@@ -20,7 +20,7 @@ from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target
 
-MOST = 22
+MOST = 26
 
 
 class Tile(NamedTuple):
@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     stages: int
     transposed: bool = False
     maxnreg: int | None = None
+    prefetch: bool = False
 
 
 T = True
@@ -58,6 +59,9 @@ DGRAD_POINTWISE = (
     Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 2, maxnreg=128), Tile(64, 256, 32, 4, 3),
     Tile(128, 128, 64, 8, 3, T), Tile(128, 64, 64, 8, 3), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 3, T),
     Tile(128, 64, 64, 8, 3, T), Tile(64, 64, 64, 4, 4, T), Tile(128, 32, 64, 4, 3),
+    Tile(64, 256, 32, 4, 3, prefetch=True), Tile(64, 128, 64, 4, 2, prefetch=True),
+    Tile(128, 64, 64, 4, 2, prefetch=True), Tile(128, 128, 64, 8, 3, prefetch=True),
+    Tile(64, 64, 64, 4, 3, prefetch=True),
 )  # fmt: skip
 DGRAD = (
     Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 4),
@@ -65,6 +69,9 @@ DGRAD = (
     Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(256, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3),
     Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 4, T), Tile(64, 64, 64, 4, 5, T), Tile(128, 64, 64, 8, 3),
     Tile(256, 64, 64, 8, 3, T), Tile(128, 64, 64, 4, 3, maxnreg=128), Tile(128, 32, 64, 4, 3),
+    Tile(128, 128, 64, 4, 3, prefetch=True), Tile(64, 128, 64, 4, 3, prefetch=True),
+    Tile(128, 64, 64, 4, 3, T, prefetch=True), Tile(128, 64, 64, 4, 3, prefetch=True),
+    Tile(128, 256, 64, 8, 3, prefetch=True), Tile(128, 128, 64, 8, 3, T, 128, True),
 )  # fmt: skip
 
 # Output channels, input channels, rows, warps, stages, taps of a program.
@@ -113,7 +120,7 @@ def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int =
         default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target)
         proposed = (
             GemmConfig(m, n, k, warps, stages, 1, maxnreg)
-            for m, n, k, warps, stages, _, maxnreg in GRAM_DGRAD
+            for m, n, k, warps, stages, _, maxnreg, _ in GRAM_DGRAD
             if n <= max(problem.Ci, 64)
         )
     found = dict.fromkeys([default, *proposed])
@@ -163,9 +170,10 @@ def _gemm(problem: ConvProblem, kind: str, formed: bool) -> Iterator[GemmConfig]
         tiles = DGRAD_POINTWISE if problem.is_pointwise and not formed else DGRAD
     else:
         tiles = FPROP_SHORT if problem.taps * depth <= 128 else FPROP
-    for m, n, k, warps, stages, transposed, maxnreg in tiles:
+    for m, n, k, warps, stages, transposed, maxnreg, prefetch in tiles:
         if n <= max(columns, 32):
-            yield GemmConfig(m, n, min(k, 64 if depth > 32 else 32), warps, stages, 1, maxnreg, transposed)
+            k = min(k, 64 if depth > 32 else 32)
+            yield GemmConfig(m, n, k, warps, stages, 1, maxnreg, transposed, prefetch=prefetch)
 
 
 def _wgrad(problem: ConvProblem, target: Target, formed: bool) -> Iterator[GemmConfig]:

@@ -25,6 +25,8 @@ class GemmConfig:
     """fprop and dgrad only: accumulate the transposed result. The pixels are the tensor cores' right operand then."""
     row_taps: int = 1
     """wgrad only: how many taps of a filter row one program sums, 1, or 3 of a filter three wide."""
+    prefetch: bool = False
+    """dgrad only: what the epilogue reads is on its way during the main loop, at the price of its registers."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

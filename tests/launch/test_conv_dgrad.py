@@ -13,6 +13,9 @@ from fused_resnet.plan.problem import ConvProblem
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
 TRANSPOSED = replace(CONFIG, transposed=True)
 CONFIGS = pytest.mark.parametrize("config", [CONFIG, TRANSPOSED], ids=["rows", "transposed"])
+EPILOGUES = pytest.mark.parametrize(
+    "config", [CONFIG, TRANSPOSED, replace(CONFIG, prefetch=True)], ids=["rows", "transposed", "prefetched"]
+)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -117,7 +120,7 @@ def test_frozen_prologue_of_a_3x3():
     assert_close(dx, reference(dy, weight, problem, coeffs=coeffs), dy.dtype)
 
 
-@CONFIGS
+@EPILOGUES
 @pytest.mark.parametrize("with_stats", [False, True], ids=["post_relu", "normalised"])
 @pytest.mark.parametrize("problem", POINTWISE + SPATIAL[:7], ids=str)
 def test_mask_and_sums(problem, with_stats, config):
@@ -135,7 +138,7 @@ def test_mask_and_sums(problem, with_stats, config):
         assert torch.equal(tiles[1], torch.zeros_like(tiles[1]))
 
 
-@CONFIGS
+@EPILOGUES
 @pytest.mark.parametrize("residual_stride", [(1, 1), (2, 2), (3, 2)], ids=str)
 @pytest.mark.parametrize("problem", POINTWISE[:4] + SPATIAL[:3], ids=str)
 def test_residual(problem, residual_stride, config):
