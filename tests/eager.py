@@ -156,6 +156,12 @@ def mixing(vendor: Choose) -> AbstractContextManager[None]:
     return editing(lambda text: mixed(text, vendor))
 
 
+def projects_staged(text: str) -> str:
+    """The encoded plan with a projection that writes its output beside a last convolution that does not."""
+    plan = decode(text)
+    return text if plan.gram is None else replace(plan, gram=replace(plan.gram, projection=None)).encode()
+
+
 @contextmanager
 def editing(edit: Callable[[str], str]) -> Iterator[None]:
     """Plans made inside are edited: they take what a GPU's measurements may choose."""

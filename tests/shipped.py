@@ -19,7 +19,7 @@ import fused_resnet.launch
 from benchmarks.problems import Layer, layers
 from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, record, stem_conv, stem_pool
 from fused_resnet.launch.conv_dgrad import conv_dgrad
-from fused_resnet.launch.conv_fprop import conv_fprop
+from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.gram_wgrad import gram_wgrad
@@ -236,6 +236,30 @@ def _weights(p: ConvProblem, dtype: torch.dtype) -> None:
         cast.cast([parameter] * count, dtype)
 
 
+def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    """The projection of a block of the Gram route, where it joins conv3 (a quarter as wide as its output)."""
+    last = ConvProblem(p.N, p.P, p.Q, p.Co // 4, p.Co, dtype=p.dtype)
+    chain = ChainProblem((replace(last, Co=last.Ci), last), p, "projection")
+    plan = planner.plan_chain(chain, target, "gram").gram
+    if plan is None or plan.projection is None:
+        return
+    x, w, dz = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
+    gram.gram(x, None, plan.projection.gram, stride=p.stride)
+    affine, of_y, wide = _rows(2, last.Ci), _image(p.N, last.Ci, p.P, p.Q, dtype), _rows(2, p.Co)
+    weight = _image(p.Co, last.Ci, 1, 1, dtype)
+    joining = Projection(x, w, p, wide)
+    for config in dict.fromkeys([plan.fprop, planner.default_config(last, "fprop", target)]):
+        conv_fprop(of_y, weight, last, config, input_affine=affine, output_affine=wide, projection=joining, relu=True)
+    conv_wgrad(x, dz, p, plan.projection.wgrad, out_dtype=torch.float32)
+    aw, products = (
+        torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),
+        torch.empty((p.Ci, p.Ci), dtype=dtype, device="meta"),
+    )
+    scales = _rows(1, 2)[0] if dtype == torch.float16 else None
+    bias = _rows(1, p.Ci)[0]
+    gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, scales=scales, stride=p.stride)
+
+
 def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     x, w, dy = (
         _image(p.N, p.Ci, p.H, p.W, dtype),
@@ -270,6 +294,8 @@ def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
         _wgrad(p, first, target, dtype)
         if role == "conv3":
             _gram(p, target, dtype)
+        if role == "projection":
+            _gram_projection(p, target, dtype)
     _weights(p, dtype)
     _passes(p, target, dtype)
 

@@ -38,12 +38,12 @@ FORWARD_SCHEMA = (
     "chain_forward(str plan, float[] momenta, float[] epsilons, Tensor x, Tensor? residual, "
     + ", ".join(_slot_schema(i) for i in range(SLOTS))
     + ") -> ("
-    + ", ".join(["Tensor"] * (2 + 2 * SLOTS))
+    + ", ".join(["Tensor"] * (3 + 2 * SLOTS))
     + ")"
 )
 BACKWARD_SCHEMA = (
     "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor? out, Tensor?[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean) -> ("
+    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean, Tensor projection_mean) -> ("
     + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
     + ")"
 )
@@ -97,8 +97,8 @@ def _chain_forward(
     if decoded.problem.backward:
         for slot, y, s in zip(slots, saved.ys, saved.stats, strict=True):
             ys[slot], stats[slot] = _none(x) if y is None else y, s
-    keeps_mean = decoded.problem.backward and saved.input_mean is not None
-    return saved.out, *ys, *stats, saved.input_mean if keeps_mean else _none(x)  # type: ignore[arg-type, return-value]
+    kept = (saved.input_mean, saved.projection_mean) if decoded.problem.backward else (None, None)
+    return saved.out, *ys, *stats, *(_none(x) if mean is None else mean for mean in kept)
 
 
 def _chain_forward_fake(
@@ -122,11 +122,15 @@ def _chain_forward_fake(
             stats[slot] = torch.empty((4, conv.Co), dtype=dtype, device=x.device)
             if problem.batch_statistics or slot < len(problem.convs) - 1:
                 ys[slot] = _image(x, n, conv.Co, conv.P, conv.Q)
-    input_mean = _none(x)
-    if decoded.gram is not None and problem.backward:
-        ys[len(problem.convs) - 1] = torch.empty((last.Co, last.Ci), dtype=dtype, device=x.device)
-        input_mean = torch.empty((last.Ci,), dtype=dtype, device=x.device)
-    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats, input_mean
+    means = [_none(x), _none(x)]
+    unwritten = [(len(problem.convs) - 1, last)] if decoded.gram is not None else []
+    if decoded.gram_projection is not None and problem.projection is not None:
+        unwritten.append((SLOTS - 1, problem.projection))
+    if problem.backward:
+        for i, (slot, conv) in enumerate(unwritten):
+            ys[slot] = torch.empty((conv.Co, conv.Ci), dtype=dtype, device=x.device)
+            means[i] = torch.empty((conv.Ci,), dtype=dtype, device=x.device)
+    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats, *means
 
 
 # ---------------------------------------------------------------- backward
@@ -144,6 +148,7 @@ def _chain_backward(
     ys: Sequence[Tensor],
     stats: Sequence[Tensor],
     input_mean: Tensor,
+    projection_mean: Tensor,
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
@@ -154,7 +159,8 @@ def _chain_backward(
         Layer(read, gammas[slot], betas[slot], None, None, None, 0.0, 0.0, parameter.dtype)
         for slot, read, parameter in zip(slots, operands(parameters, x.dtype), parameters, strict=True)
     ]
-    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], _or_none(input_mean))
+    means = (_or_none(input_mean), _or_none(projection_mean))
+    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *means)
     saved = Saved(dout if out is None else out, *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
@@ -188,6 +194,7 @@ def _chain_backward_fake(
     ys: Sequence[Tensor],
     stats: Sequence[Tensor],
     input_mean: Tensor,
+    projection_mean: Tensor,
 ) -> tuple[Tensor, ...]:
     result = [
         torch.empty_like(x, memory_format=torch.channels_last) if needs[0] else _none(x),
@@ -229,7 +236,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, out, *rest, input_mean = ctx.saved_tensors
+        x, out, *rest, input_mean, projection_mean = ctx.saved_tensors
         weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
         wants = ctx.needs_input_grad
         needs = [wants[4], wants[5]]
@@ -238,7 +245,19 @@ class _Chain(torch.autograd.Function):
             needs += [wants[first], wants[first + 1] or wants[first + 2]]
         dout = dout.contiguous(memory_format=torch.channels_last)
         dx, dresidual, *flat = refuse_second_derivative(
-            chain_backward, ctx.plan, needs, dout, x, out, weights, gammas, betas, ys, stats, input_mean
+            chain_backward,
+            ctx.plan,
+            needs,
+            dout,
+            x,
+            out,
+            weights,
+            gammas,
+            betas,
+            ys,
+            stats,
+            input_mean,
+            projection_mean,
         )
         result: list[Tensor | None] = [
             None,

@@ -1,8 +1,8 @@
 """The Gram route: a chain's last 1x1 conv, its BN, residual and ReLU, without the conv's output existing at any time.
 
 Forward, the statistics follow from the Gram matrix of the conv's input before the conv runs, and conv, BN, residual and
-ReLU are one GEMM. Backward needs T = dz^T a, the matrices kept from forward, and one GEMM over [dz | a]. The identities
-are in kernels/gram.py.
+ReLU are one GEMM. A projection may join it as a second product, by a Gram matrix of its own. Backward needs T = dz^T a,
+the matrices kept from forward, and one GEMM over [dz | a]. The identities are in kernels/gram_bn.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ..launch.bn_act_grad import bn_grad_finalize
-from ..launch.conv_fprop import conv_fprop
+from ..launch.conv_fprop import Projection, conv_fprop
 from ..launch.conv_wgrad import conv_wgrad
-from ..launch.gram import gram, gram_backward, gram_finalize
+from ..launch.gram import GramGrads, gram, gram_backward, gram_finalize
 from ..launch.gram_dgrad import gram_dgrad
 from ..launch.gram_wgrad import gram_wgrad
 from ..plan.plans import Plan
@@ -23,92 +23,149 @@ from .layer import Layer, LayerGrad, Needs, Reduced
 Tensor = torch.Tensor
 
 
-class Output(NamedTuple):
-    """``covariance``: W Cov [q, p]; ``input_mean`` [p]; ``stats`` [4, q] of the conv output that was never written."""
+class Kept(NamedTuple):
+    """Of a conv output that was never written: ``stats`` [4, q], ``covariance`` W Cov [q, p], ``input_mean`` [p]."""
 
-    out: Tensor
     stats: Tensor
     covariance: Tensor
     input_mean: Tensor
 
 
+class Behind(NamedTuple):
+    """The gradient behind the chain's last ReLU, and its sum over the pixels."""
+
+    dz: Tensor
+    sum_dz: Tensor
+
+
 def forward(
-    plan: Plan, layer: Layer, y: Tensor, y_stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None
-) -> Output:
-    """out = relu(bn(conv(a)) + residual), a = relu(bn(y)); a residual with ``residual_stats`` is a raw projection."""
+    plan: Plan,
+    layer: Layer,
+    y: Tensor,
+    y_stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    projection_layer: Layer,
+    x: Tensor,
+) -> tuple[Tensor, Kept, Kept | None]:
+    """out = relu(bn(conv(a)) + residual), a = relu(bn(y)), and what backward needs of both convs.
+
+    A residual with ``residual_stats`` is a raw projection. Where the plan has a projection of the Gram route, that of
+    ``x`` by ``projection_layer`` takes the residual's place.
+    """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
-    products, sums = gram(y, y_stats[2:], plan.gram.gram)
-    stats, covariance, input_mean = gram_finalize(
-        products,
-        sums,
-        problem.M,
-        weight,
-        gamma=layer.gamma,
-        beta=layer.beta,
-        running_mean=layer.running_mean,
-        running_var=layer.running_var,
-        momentum=layer.momentum,
-        eps=layer.eps,
-        counter=layer.counter,
-    )
+    kept = _statistics(layer, problem.M, *gram(y, y_stats[2:], plan.gram.gram))
+    projection, kept_projection = None, None
+    if plan.gram.projection is not None:
+        assert plan.projection is not None
+        projected = plan.projection.problem
+        products = gram(x, None, plan.gram.projection.gram, stride=projected.stride)
+        kept_projection = _statistics(projection_layer, projected.M, *products)
+        projection = Projection(x, projection_layer.weight, projected, kept_projection.stats[2:])
     out, _ = conv_fprop(
         y,
         weight,
         problem,
         plan.gram.fprop,
         input_affine=y_stats[2:],
-        output_affine=stats[2:],
+        output_affine=kept.stats[2:],
         residual=residual,
         residual_affine=None if residual_stats is None else residual_stats[2:],
+        projection=projection,
         relu=plan.problem.relu,
     )
-    return Output(out, stats, covariance, input_mean)
+    return out, kept, kept_projection
+
+
+def _statistics(layer: Layer, rows: int, products: Tensor, sums: Tensor) -> Kept:
+    return Kept(
+        *gram_finalize(
+            products,
+            sums,
+            rows,
+            layer.weight,
+            gamma=layer.gamma,
+            beta=layer.beta,
+            running_mean=layer.running_mean,
+            running_var=layer.running_var,
+            momentum=layer.momentum,
+            eps=layer.eps,
+            counter=layer.counter,
+        )
+    )
 
 
 def backward(
     plan: Plan,
     layer: Layer,
-    kept: Output,
+    kept: Kept,
+    out: Tensor,
     y: Tensor,
     y_stats: Tensor,
     needs: Needs,
     dout: Tensor,
     reduced: Reduced | None,
     wants_dgrad: bool,
-) -> tuple[LayerGrad, Tensor, Reduced | None]:
+) -> tuple[LayerGrad, Behind, Reduced | None]:
     """The layer's gradients; dz behind its ReLU; and, if wanted, the same behind the ReLU of the layer below.
 
-    ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a projection
-    shares it, or the plan has no ``masked_wgrad``); without it the weight gradient forms dz and its sums on the way.
+    ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a staged
+    projection shares it, or the plan has no ``masked_wgrad``); without it the weight gradient forms dz and its sums on
+    the way.
     """
     assert plan.gram is not None
-    problem, weight = plan.convs[-1].problem, layer.weight
+    problem = plan.convs[-1].problem
     if reduced is None:
         assert plan.gram.masked_wgrad is not None
-        products, sum_dz, dz = gram_wgrad(dout, kept.out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
+        products, sum_dz, dz = gram_wgrad(dout, out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
         assert dz is not None
         sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:
         dz = reduced.dz
         _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
         products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
-        products = products.flatten(1)
-    small = gram_backward(
+    grads, below = LayerGrad(), None
+    if needs.any or wants_dgrad:
+        small = _small(layer, kept, products, sum_dz, problem.M)
+        grads = _wanted(small, needs)
+        if wants_dgrad:
+            dx, tiles = gram_dgrad(dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales)
+            assert tiles is not None
+            below = Reduced(dx, tiles)
+    return grads, Behind(dz, sum_dz), below
+
+
+def projection_backward(
+    plan: Plan, layer: Layer, kept: Kept, x: Tensor, needs: Needs, behind: Behind, wants_dgrad: bool
+) -> tuple[LayerGrad, Tensor | None]:
+    """The projection's gradients, and, if wanted, that of the pixels of ``x`` which it samples."""
+    assert plan.gram_projection is not None and plan.projection is not None
+    configs, problem, dz = plan.gram_projection, plan.projection.problem, behind.dz
+    products = conv_wgrad(x, dz, problem, configs.wgrad, out_dtype=kept.stats.dtype)
+    # A copy, because the sum is the gradient of the other layer's beta as well.
+    small = _small(layer, kept, products, behind.sum_dz.clone(), problem.M)
+    dx = None
+    if wants_dgrad:
+        matrices = small.aw, small.p, small.bias
+        dx, _ = gram_dgrad(dz, x, *matrices, None, configs.dgrad, scales=small.scales, stride=problem.stride)
+    return _wanted(small, needs), dx
+
+
+def _small(layer: Layer, kept: Kept, products: Tensor, sum_dz: Tensor, rows: int) -> GramGrads:
+    """The gradients of a layer's parameters, and the small matrices of its input's."""
+    return gram_backward(
         products,
         kept.covariance,
         kept.input_mean,
         kept.stats,
-        weight,
+        layer.weight,
         sum_dz,
-        problem.M,
+        rows,
         out_dtype=layer.weight_dtype,
     )
-    below = None
-    if wants_dgrad:
-        below = Reduced(
-            *gram_dgrad(dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales)
-        )
+
+
+def _wanted(small: GramGrads, needs: Needs) -> LayerGrad:
     wanted = (needs.weight, needs.bn, needs.bn)
-    dw, dgamma, dbeta = (t if is_wanted else None for t, is_wanted in zip(small[:3], wanted, strict=True))
-    return LayerGrad(dw, dgamma, dbeta), dz, below
+    return LayerGrad(*(t if is_wanted else None for t, is_wanted in zip(small[:3], wanted, strict=True)))

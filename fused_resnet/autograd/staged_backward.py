@@ -106,10 +106,13 @@ def backward(
     problem, passes = plan.problem, Passes(plan)
     batch, last = passes.batch, len(plan.convs) - 1
     lowest = 0 if needs_x else min((i for i in range(last + 1) if needs[i].any), default=last + 1)
-    gram = plan.gram is not None and lowest <= last
+    wants_projection = plan.projection is not None and (needs_x or needs[-1].any)
+    projects_staged = plan.projection is not None and plan.gram_projection is None
+    gram = plan.gram is not None and (lowest <= last or (wants_projection and not projects_staged))
     grads = [LayerGrad()] * len(layers)
-    y_projection = saved.ys[-1] if plan.projection is not None and batch else None
-    if gram and plan.projection is None and plan.gram is not None and plan.gram.masked_wgrad is not None:
+    y_projection = saved.ys[-1] if projects_staged and batch else None
+    behind = None
+    if gram and not projects_staged and plan.gram is not None and plan.gram.masked_wgrad is not None:
         reduced = None  # the Gram route's weight gradient forms dz and its sums itself
     else:
         reduced = Reduced(
@@ -126,10 +129,12 @@ def backward(
     if gram:
         y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
         assert y is not None and covariance is not None and input_mean is not None
-        kept = gram_route.Output(saved.out, saved.stats[last], covariance, input_mean)
-        grads[last], dz_out, pending = gram_route.backward(
-            plan, layers[last], kept, y, saved.stats[last - 1], needs[last], dout, reduced, wants_dgrad=lowest < last
+        kept = gram_route.Kept(saved.stats[last], covariance, input_mean)
+        y_stats, wants_dgrad = saved.stats[last - 1], lowest < last
+        grads[last], behind, pending = gram_route.backward(
+            plan, layers[last], kept, saved.out, y, y_stats, needs[last], dout, reduced, wants_dgrad
         )
+        dz_out = behind.dz
     else:
         assert reduced is not None
         dz_out, pending = reduced.dz, reduced
@@ -138,8 +143,17 @@ def backward(
     dx_residual, residual_stride = None, (1, 1)
     if problem.residual == "identity":
         dx_residual = dz_out
-    elif plan.projection is not None and (needs_x or needs[-1].any):
-        assert reduced is not None
+    elif wants_projection and not projects_staged:
+        assert plan.projection is not None and behind is not None
+        covariance, projection_mean = saved.ys[-1], saved.projection_mean
+        assert covariance is not None and projection_mean is not None
+        kept = gram_route.Kept(saved.stats[-1], covariance, projection_mean)
+        grads[-1], dx_residual = gram_route.projection_backward(
+            plan, layers[-1], kept, x, needs[-1], behind, wants_dgrad=needs_x
+        )
+        residual_stride = plan.projection.problem.stride
+    elif wants_projection:
+        assert plan.projection is not None and reduced is not None
         step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
         grads[-1], gradient = _layer_backward(passes, step, *reduced, row=2 if batch else 1)
         if needs_x:

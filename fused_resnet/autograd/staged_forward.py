@@ -29,12 +29,14 @@ class Saved(NamedTuple):
     ``ys`` are the convs' raw outputs, or with frozen statistics their activations (the last one's is ``out``, and its
     place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both. On
     the Gram route the last conv has no output: its place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's.
+    The same holds for a projection on it, with ``projection_mean``.
     """
 
     out: Tensor
     ys: list[Tensor | None]
     stats: list[Tensor]
     input_mean: Tensor | None = None
+    projection_mean: Tensor | None = None
 
 
 def conv_only(conv: ConvPlan, weight: Tensor, x: Tensor) -> Tensor:
@@ -85,23 +87,26 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
         stats.append(pending)
     assert pending is not None
     residual_stats = None
-    if plan.projection is not None:
+    if plan.projection is not None and plan.gram_projection is None:
         residual, tiles = conv_raw(passes, plan.projection, layers[-1].weight, x, None)
         residual_stats = finalize(layers[-1], tiles)
     elif plan.problem.residual == "identity":
         residual = x
-    input_mean = None
+    means: list[Tensor] = []
     if plan.gram is not None:
-        last = gram_route.forward(plan, layers[len(written)], y, pending, residual, residual_stats)
-        out, input_mean = last.out, last.input_mean
-        ys.append(last.covariance)
-        stats.append(last.stats)
+        last = layers[len(written)]
+        out, *kept = gram_route.forward(plan, last, y, pending, residual, residual_stats, layers[-1], x)
+        for each in kept:
+            if each is not None:
+                ys.append(each.covariance)
+                stats.append(each.stats)
+                means.append(each.input_mean)
     else:
         out = passes.act(y, pending, residual, residual_stats, plan.problem.relu)
     if residual_stats is not None:
         ys.append(residual)
         stats.append(residual_stats)
-    return Saved(out, ys, stats, input_mean)
+    return Saved(out, ys, stats, *means)
 
 
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:

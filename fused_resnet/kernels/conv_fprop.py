@@ -7,17 +7,71 @@ Row m = (n*P + p)*Q + q; the reduced index runs over blocks of Ci and, inside a 
 almost the same pixels and find them in the cache. Programs of one M tile and neighbouring N tiles are adjacent, so x
 is read from memory once.
 
-Reads   x [N*H*W, Ci], w [Co, R*S*Ci], residual [M, Co], input_affine [2, Ci], output_affine, residual_affine [2, Co].
+Reads   x [N*H*W, Ci], w [Co, R*S*Ci], residual [M, Co], input_affine [2, Ci], output_affine, residual_affine [2, Co];
+        of a projection x [N*H*W, Ci], w [Co, Ci], affine [2, Co].
 Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored.
 Prologue  relu(x*scale + shift), rounded to x's dtype; positions in the padding are zero after it.
-Epilogue  y*scale + shift, + residual (or + residual*rscale + rshift), relu: each optional.
+Epilogue  y*scale + shift, + residual (or + residual*rscale + rshift), + projection, relu: each optional.
+Projection  (x_s wᵀ)*scale + shift of a second, sampled input: a product of its own, because one accumulator for both
+          would put their scales into the rounded weights.
 """
 
 import triton
 import triton.language as tl
 
 from .common import affine, relu
-from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
+from .implicit_gemm import as_stored, load_rows, sampled_rows, split_rows, tap_bits
+
+
+@triton.jit
+def sampled_product(
+    x_ptr,
+    w_ptr,
+    offs_m,
+    offs_n,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    Ci,
+    Co,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of a 1x1 convolution of x [N*H*W, Ci], which may be strided."""
+    offs_k = tl.arange(0, BLOCK_K)
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)
+    if STRIDE_H > 1 or STRIDE_W > 1:
+        n, p, q = split_rows(tl.minimum(offs_m, M - 1), P, Q)
+        row = sampled_rows(n, p, q, H, W, STRIDE_H, STRIDE_W)
+    x_ptrs = x_ptr + row[:, None] * Ci + offs_k[None, :]
+    w_ptrs = w_ptr + tl.minimum(offs_n, Co - 1)[None, :] * Ci + offs_k[:, None]
+    if TRANSPOSED:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k0 in range(0, Ci, BLOCK_K):
+        mask_k = offs_k < Ci - k0
+        a = load_rows(x_ptrs + k0, mask_k, mask_k, False, not EVEN_K)
+        if EVEN_K:
+            b = tl.load(w_ptrs + k0)
+        else:
+            b = tl.load(w_ptrs + k0, mask=mask_k[:, None], other=0.0)
+        if TRANSPOSED:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    if TRANSPOSED:
+        acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
@@ -29,6 +83,9 @@ def conv_fprop_kernel(
     output_affine_ptr,
     residual_ptr,
     residual_affine_ptr,
+    projection_x_ptr,
+    projection_w_ptr,
+    projection_affine_ptr,
     tiles_ptr,
     M,
     H,
@@ -39,6 +96,9 @@ def conv_fprop_kernel(
     Co,
     num_m,
     num_n,
+    projection_H,
+    projection_W,
+    projection_Ci,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -51,6 +111,10 @@ def conv_fprop_kernel(
     HAS_OUTPUT_AFFINE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_RESIDUAL_AFFINE: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr,
+    PROJECTION_STRIDE_H: tl.constexpr,
+    PROJECTION_STRIDE_W: tl.constexpr,
+    PROJECTION_EVEN_K: tl.constexpr,
     APPLY_RELU: tl.constexpr,
     HAS_STATS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -131,6 +195,32 @@ def conv_fprop_kernel(
             shift = tl.load(residual_affine_ptr + Co + offs_n, mask=mask_n, other=0.0)
             residual = affine(residual, scale[None, :], shift[None, :])
         acc += residual
+    if HAS_PROJECTION:
+        projected = sampled_product(
+            projection_x_ptr,
+            projection_w_ptr,
+            offs_m,
+            offs_n,
+            M,
+            projection_H,
+            projection_W,
+            P,
+            Q,
+            projection_Ci,
+            Co,
+            PROJECTION_STRIDE_H,
+            PROJECTION_STRIDE_W,
+            PROJECTION_EVEN_K,
+            TRANSPOSED,
+            ACC,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        scale = tl.load(projection_affine_ptr + offs_n, mask=mask_n, other=0.0)
+        shift = tl.load(projection_affine_ptr + Co + offs_n, mask=mask_n, other=0.0)
+        acc += affine(projected, scale[None, :], shift[None, :])
     if APPLY_RELU:
         acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)

@@ -1,9 +1,10 @@
 """The Gram matrix of a 1x1 convolution's input: G = aᵀa [p, p] and c = Σ rows of a [p], in one read of the input.
 
 a [M, p] = relu(x * scale + shift), formed on load and rounded to x's dtype; c sums the same rounded values that the
-products see. Batch statistics of y = a Wᵀ follow from G and c before y exists (gram_bn.py).
+products see. Batch statistics of y = a Wᵀ follow from G and c before y exists (gram_bn.py). Without the prologue a is
+x itself, or the pixels of it that a strided filter samples: row m = (n*I + i)*J + j is pixel (n, i*stride, j*stride).
 
-    gram_kernel           x [M, p] -> partials [split, upper tiles of G, then c]
+    gram_kernel           x [M, p] (of [N, H, W, p]) -> partials [split, upper tiles of G, then c]
     gram_reduce_kernel    their sum, in a fixed order, mirrored
 """
 
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import affine, relu
+from .implicit_gemm import next_rows, sampled_rows, split_rows
 
 
 @triton.jit
@@ -44,10 +46,16 @@ def gram_kernel(
     partial_ptr,
     M,
     C,
+    H,
+    W,
+    I,
+    J,
     rows_per_split,
     elements,
     TILES: tl.constexpr,
     FLUSH: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     EVEN_K: tl.constexpr,
     LANES: tl.constexpr,
@@ -63,6 +71,7 @@ def gram_kernel(
     """
     row_tile, column_tile = tile_pair(tl.program_id(0), TILES)
     part = tl.program_id(1)
+    SAMPLES: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
     row_start = part * rows_per_split
     rows = tl.minimum(rows_per_split, M - row_start)
 
@@ -72,8 +81,13 @@ def gram_kernel(
     mask_i = offs_i < C
     mask_j = offs_j < C
     base = x_ptr + row_start.to(tl.int64) * C
-    x_offs_i = offs_k[:, None] * C + offs_i[None, :]
-    x_offs_j = offs_k[:, None] * C + offs_j[None, :]
+    if SAMPLES:
+        n, i, j = split_rows(row_start + offs_k, I, J)
+        x_offs_i = offs_i[None, :]
+        x_offs_j = offs_j[None, :]
+    else:
+        x_offs_i = offs_k[:, None] * C + offs_i[None, :]
+        x_offs_j = offs_k[:, None] * C + offs_j[None, :]
     scale_i = None
     shift_i = None
     scale_j = None
@@ -90,18 +104,24 @@ def gram_kernel(
     sums = tl.zeros((LANES, BLOCK_N), dtype=ACC)  # in two dimensions: reduced across threads once, not at every step
     for step in range(tl.cdiv(rows, BLOCK_K)):
         mask_k = offs_k < rows - step * BLOCK_K
-        a_j = load_normalised(base + x_offs_j, mask_k, mask_j, scale_j, shift_j, ACC, EVEN_K)
+        if SAMPLES:
+            x_rows = x_ptr + (sampled_rows(n, i, j, H, W, STRIDE_H, STRIDE_W) * C)[:, None]
+            n, i, j = next_rows(n, i, j, BLOCK_K, I, J)
+        else:
+            x_rows = base
+        a_j = load_normalised(x_rows + x_offs_j, mask_k, mask_j, scale_j, shift_j, ACC, EVEN_K)
         if TILES == 1:
             a_i = a_j
         else:
-            a_i = load_normalised(base + x_offs_i, mask_k, mask_i, scale_i, shift_i, ACC, EVEN_K)
+            a_i = load_normalised(x_rows + x_offs_i, mask_k, mask_i, scale_i, shift_i, ACC, EVEN_K)
         acc = tl.dot(tl.trans(a_i), a_j, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         # Of a_i, the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
         sums += tl.sum(tl.reshape(a_i, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
-        base += BLOCK_K * C
+        if not SAMPLES:
+            base += BLOCK_K * C
     total += acc
 
     partial_ptr += part.to(tl.int64) * elements

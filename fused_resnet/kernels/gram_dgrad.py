@@ -2,11 +2,12 @@
 
     da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(B∘W) [p, p],   a = relu(y*scale + shift), rounded
 
-is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. The ReLU that made a then masks da.
+is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. The ReLU that made a then masks da. A projection reads
+the block's input as it is: then a = y, of which it may sample every stride-th pixel, and da is the result.
 
 Reads   dz [M, q], y [M, p] (raw, before its BatchNorm), AW, P, bias [p], stats [4, p] of y, scales [2].
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
-        sum dx*(y - mean).
+        sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
 """
 
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import affine, relu, relu_grad
+from .implicit_gemm import sampled_rows, split_rows
 
 
 @triton.jit
@@ -25,6 +27,14 @@ def load_matrix(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr
         return tl.load(ptrs, mask=mask_n[None, :], other=0.0)
     else:
         return tl.load(ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(acc, dx_ptr, first, M, P, offs_n, mask_n, ROWS: tl.constexpr):
+    """Stores ``acc`` [BLOCK_N, ROWS], the rows from ``first`` on."""
+    mask = ((first + tl.arange(0, ROWS)) < M)[:, None] & mask_n[None, :]
+    offs = tl.arange(0, ROWS)[:, None] * P + offs_n[None, :]
+    tl.store(dx_ptr + first.to(tl.int64) * P + offs, tl.trans(acc.to(dx_ptr.dtype.element_ty)), mask=mask)
 
 
 @triton.jit
@@ -61,8 +71,15 @@ def gram_dgrad_kernel(
     M,
     P,
     Q,
+    H,
+    W,
+    I,
+    J,
     num_m,
     num_n,
+    HAS_RELU: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_Q: tl.constexpr,
@@ -74,7 +91,8 @@ def gram_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``WHOLE``: one N tile holds all of p, and a is one block."""
+    """``HAS_RELU``: a = relu(y*scale + shift), else a = y. ``WHOLE``: one N tile holds all of p, and a is one block."""
+    SAMPLES: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
     pid_m = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n
     first = pid_m * BLOCK_M
@@ -84,7 +102,13 @@ def gram_dgrad_kernel(
     # Rows past the end repeat the last one: their loads need no mask, their results are not stored.
     row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
     dz_base = dz_ptr + first.to(tl.int64) * Q
-    y_base = y_ptr + first.to(tl.int64) * P
+    if SAMPLES:
+        n, i, j = split_rows(first + row, I, J)
+        y_base = y_ptr
+        y_rows = sampled_rows(n, i, j, H, W, STRIDE_H, STRIDE_W)[:, None] * P
+    else:
+        y_base = y_ptr + first.to(tl.int64) * P
+        y_rows = row[:, None] * P
 
     dz_offs = row[:, None] * Q + offs_k[None, :]
     aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
@@ -104,18 +128,20 @@ def gram_dgrad_kernel(
         scale_p = tl.load(scales_ptr + 1)
         acc *= scale_p / tl.load(scales_ptr)
     if WHOLE:
-        scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
-        shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
-        y_offs = row[:, None] * P + offs_n[None, :]
+        y_offs = y_rows + offs_n[None, :]
         if EVEN_N:
             y = tl.load(y_base + y_offs)
         else:
             y = tl.load(y_base + y_offs, mask=mask_n[None, :], other=0.0)
-        a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
+        a = y
+        if HAS_RELU:
+            scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
+            shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
+            a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
         b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        y_offs = row[:, None] * P + offs_k[None, :]
+        y_offs = y_rows + offs_k[None, :]
         p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
         for k0 in range(0, P, BLOCK_K):
             mask_k = offs_k < P - k0
@@ -124,9 +150,11 @@ def gram_dgrad_kernel(
             else:
                 y = tl.load(y_base + k0 + y_offs, mask=mask_k[None, :], other=0.0)
             b = load_matrix(p_ptrs + k0 * P, mask_k, mask_n, EVEN_P, EVEN_N)
-            scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
-            shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
-            a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
+            a = y
+            if HAS_RELU:
+                scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
+                shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
+                a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
 
     if HAS_SCALES:
@@ -135,8 +163,14 @@ def gram_dgrad_kernel(
     # Half of the rows after the other: the accumulator keeps rows in registers, so a half costs half of them.
     HALF: tl.constexpr = BLOCK_M // 2
     upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
-    sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
-    more, more_products = masked_rows(lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
-    tile_ptrs = tiles_ptr + pid_m * P + offs_n
-    tl.store(tile_ptrs, sums + more, mask=mask_n)
-    tl.store(tile_ptrs + num_m * P, products + more_products, mask=mask_n)
+    if HAS_RELU:
+        sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
+        more, more_products = masked_rows(
+            lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, ACC
+        )
+        tile_ptrs = tiles_ptr + pid_m * P + offs_n
+        tl.store(tile_ptrs, sums + more, mask=mask_n)
+        tl.store(tile_ptrs + num_m * P, products + more_products, mask=mask_n)
+    else:
+        store_rows(upper, dx_ptr, first, M, P, offs_n, mask_n, HALF)
+        store_rows(lower, dx_ptr, first + HALF, M, P, offs_n, mask_n, HALF)

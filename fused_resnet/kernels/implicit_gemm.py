@@ -33,6 +33,25 @@ def split_rows(offs_m, I, J):  # noqa: E741
 
 
 @triton.jit
+def next_rows(n, i, j, STEP: tl.constexpr, I, J):  # noqa: E741
+    """:func:`split_rows` of the rows that lie STEP further on, without a division per row."""
+    j += STEP % J
+    carry = j >= J
+    j -= tl.where(carry, J, 0)
+    i += STEP // J % I + carry.to(tl.int32)
+    carry = i >= I
+    i -= tl.where(carry, I, 0)
+    n += STEP // (I * J) + carry.to(tl.int32)
+    return n, i, j
+
+
+@triton.jit
+def sampled_rows(n, i, j, H, W, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """Rows of a dense [N, H, W] tensor that a strided 1x1 filter reads for its results (n, i, j), as int64."""
+    return (n * H + i * STRIDE_H).to(tl.int64) * W + j * STRIDE_W
+
+
+@triton.jit
 def as_stored(ptrs, value, never):
     """``value`` in the layout of a store to ``ptrs``, where a column lies in few threads and its sums are cheap.
 

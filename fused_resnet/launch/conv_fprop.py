@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,19 @@ from ..plan.problem import ConvProblem
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
 from .tiles import StatTiles
+
+
+class Projection(NamedTuple):
+    """A second 1x1 convolution: conv(x, weight)*scale + shift, with ``affine`` [2, Co], joins before the ReLU."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    problem: ConvProblem
+    affine: torch.Tensor
+
+    @property
+    def sampled_bytes(self) -> int:
+        return self.problem.M * self.problem.Ci * self.x.element_size()
 
 
 def conv_fprop(
@@ -25,14 +40,15 @@ def conv_fprop(
     output_affine: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     residual_affine: torch.Tensor | None = None,
+    projection: Projection | None = None,
     relu: bool = False,
 ) -> tuple[torch.Tensor, StatTiles | None]:
     """y = epilogue(conv(prologue(x), weight)) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
 
     ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale,
     shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] (with
-    ``residual_affine`` [2, Co] residual*scale + shift) and ``relu`` make the epilogue, in this order. Raises ValueError
-    for other shapes, dtypes, layouts, groups, or more than 63 taps.
+    ``residual_affine`` [2, Co] residual*scale + shift), ``projection`` and ``relu`` make the epilogue, in this order.
+    Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
     """
     p = problem
     require_problem(p, x.dtype)
@@ -48,6 +64,8 @@ def conv_fprop(
         if residual is None:
             raise ValueError("residual_affine goes with residual")
         require_rows(residual_affine, 2, p.Co, x, "residual_affine")
+    if projection is not None:
+        _require_projection(projection, p, x)
 
     acc = accumulation_dtype(x.dtype)
     num_m = triton.cdiv(p.M, config.block_m)
@@ -66,9 +84,10 @@ def conv_fprop(
             output_affine,
             residual,
             residual_affine,
+            *((projection.sampled_bytes, projection.weight, projection.affine) if projection else ()),
             tiles,
         ),
-        flops=p.flops,
+        flops=p.flops + (projection.problem.flops if projection else 0),
         config=config,
         device=x.device,
         x_ptr=x,
@@ -78,6 +97,9 @@ def conv_fprop(
         output_affine_ptr=output_affine,
         residual_ptr=residual,
         residual_affine_ptr=residual_affine,
+        projection_x_ptr=projection.x if projection else None,
+        projection_w_ptr=projection.weight if projection else None,
+        projection_affine_ptr=projection.affine if projection else None,
         tiles_ptr=tiles,
         M=p.M,
         H=p.H,
@@ -88,6 +110,9 @@ def conv_fprop(
         Co=p.Co,
         num_m=num_m,
         num_n=num_n,
+        projection_H=projection.problem.H if projection else 1,
+        projection_W=projection.problem.W if projection else 1,
+        projection_Ci=projection.problem.Ci if projection else 1,
         R=p.R,
         S=p.S,
         STRIDE_H=p.stride[0],
@@ -100,6 +125,10 @@ def conv_fprop(
         HAS_OUTPUT_AFFINE=output_affine is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_RESIDUAL_AFFINE=residual_affine is not None,
+        HAS_PROJECTION=projection is not None,
+        PROJECTION_STRIDE_H=projection.problem.stride[0] if projection else 1,
+        PROJECTION_STRIDE_W=projection.problem.stride[1] if projection else 1,
+        PROJECTION_EVEN_K=projection is not None and projection.problem.Ci % config.block_k == 0,
         APPLY_RELU=relu,
         HAS_STATS=stats,
         EVEN_K=p.Ci % config.block_k == 0,
@@ -111,3 +140,13 @@ def conv_fprop(
         BLOCK_K=config.block_k,
     )
     return y, None if tiles is None else StatTiles(tiles, config.block_m, p.M)
+
+
+def _require_projection(projection: Projection, problem: ConvProblem, x: torch.Tensor) -> None:
+    p = projection.problem
+    require_problem(p, x.dtype)
+    if not p.is_pointwise or (p.N, p.P, p.Q, p.Co) != (problem.N, problem.P, problem.Q, problem.Co):
+        raise ValueError(f"a projection is a 1x1 convolution with the outputs of the other, {problem}; got {p}")
+    require_image(projection.x, (p.N, p.Ci, p.H, p.W), x, "projection.x")
+    require_image(projection.weight, (p.Co, p.Ci, 1, 1), x, "projection.weight")
+    require_rows(projection.affine, 2, p.Co, x, "projection.affine")

@@ -16,20 +16,24 @@ from .record import launch
 __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]
 
 
-def gram(x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def gram(
+    x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig, *, stride: tuple[int, int] = (1, 1)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """G = aᵀa [p, p] and c = the column sums of a [p], of a = relu(x * scale + shift) rounded to ``x``'s dtype.
 
-    ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x. Results
-    have the accumulation dtype and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
+    ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x.
+    ``stride``: of the pixels, those alone that a 1x1 convolution with it samples. Results have the accumulation dtype
+    and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
     """
     require_nhwc(x, "x")
-    channels = x.shape[1]
-    rows = x.numel() // channels
+    N, channels, H, W = x.shape
+    I, J = ceil_div(H, stride[0]), ceil_div(W, stride[1])
+    rows = N * I * J
     if input_affine is not None:
         require_rows(input_affine, 2, channels, x, "input_affine")
     if config.block_m != config.block_n:
         raise ValueError(f"gram takes square tiles, got {config.block_m} x {config.block_n}")
-    if rows * channels == 0 or rows >= 2**31:
+    if rows * channels == 0 or N * H * W >= 2**31:
         raise ValueError(f"gram takes between 1 and 2^31 - 1 rows, got shape {tuple(x.shape)}")
     dtype = accumulation_dtype(x.dtype)
     steps = ceil_div(ceil_div(rows, config.block_k), config.split)
@@ -42,7 +46,7 @@ def gram(x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig)
     launch(
         gram_kernel,
         (tiles, split),
-        touched=(x, input_affine, partial),
+        touched=(rows * channels * x.element_size(), input_affine, partial),
         flops=2 * rows * tiles * config.block_n**2,
         config=config,
         device=x.device,
@@ -51,10 +55,16 @@ def gram(x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig)
         partial_ptr=partial,
         M=rows,
         C=channels,
+        H=H,
+        W=W,
+        I=I,
+        J=J,
         rows_per_split=steps * config.block_k,
         elements=elements,
         TILES=ceil_div(channels, config.block_n),
         FLUSH=max(1, FLUSH_ROWS // config.block_k),
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
         HAS_AFFINE=input_affine is not None,
         EVEN_K=rows % config.block_k == 0,
         LANES=min(config.block_k, max(1, lanes)),

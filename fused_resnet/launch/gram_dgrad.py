@@ -11,6 +11,8 @@ from ..plan.config import GemmConfig
 from .check import accumulation_dtype, dot_precision, require_device, require_dtype, require_image, require_rows
 from .record import launch
 
+Pair = tuple[int, int]
+
 WHOLE = 128
 """Up to this many channels the whole row of ``a`` is one block of the reduction."""
 
@@ -21,44 +23,51 @@ def gram_dgrad(
     AW: torch.Tensor,
     P: torch.Tensor,
     bias: torch.Tensor,
-    stats: torch.Tensor,
+    stats: torch.Tensor | None,
     config: GemmConfig,
     *,
     scales: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx [N, p, H, W], its sums [2, T, p]): the gradient below the ReLU in front of a 1x1 convolution with BatchNorm.
+    stride: Pair = (1, 1),
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dx [N, p, I, J], its sums [2, T, p]): the gradient below the ReLU in front of a 1x1 convolution with BatchNorm.
 
     With a = relu(y*scale + shift), da = dz·AW + a·P + bias and dx = relu_grad(da, y*scale + shift); the sums, one row
-    per M tile, are sum dx and sum dx*(y - mean). ``dz`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC, ``AW``
+    per M tile, are sum dx and sum dx*(y - mean). ``dz`` [N, q, I, J] and ``y`` [N, p, H, W] are dense NHWC, ``AW``
     [q, p] and ``P`` [p, p] contiguous, all of one dtype; ``bias`` [p] and ``stats`` [4, p] (of y) have the
-    accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Raises ValueError for anything else.
+    accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Without ``stats`` a = y and dx = da, with
+    no sums (None), and the convolution may have a ``stride``: dx is that of the sampled pixels, I = ceil(H / stride).
+    Raises ValueError for anything else.
     """
     if dz.dim() != 4 or y.dim() != 4:
         raise ValueError(f"dz and y must have 4 dimensions, got shapes {tuple(dz.shape)} and {tuple(y.shape)}")
-    (N, q, height, width), p = dz.shape, y.shape[1]
-    M = N * height * width
-    if max(M, q * p) >= 2**31:
-        raise ValueError(f"the kernel counts pixels and weights in 32 bits, too many for it: {tuple(dz.shape)}, {p}")
-    require_image(dz, (N, q, height, width), dz, "dz")
-    require_image(y, (N, p, height, width), dz, "y")
+    (N, p, H, W), q = y.shape, dz.shape[1]
+    I, J = triton.cdiv(H, stride[0]), triton.cdiv(W, stride[1])
+    M = N * I * J
+    if max(N * H * W, q * p) >= 2**31:
+        raise ValueError(f"the kernel counts pixels and weights in 32 bits, too many for it: {tuple(y.shape)}, {q}")
+    if stats is not None and stride != (1, 1):
+        raise ValueError(f"stats goes with stride 1, got {stride}")
+    require_image(dz, (N, q, I, J), dz, "dz")
+    require_image(y, (N, p, H, W), dz, "y")
     for name, matrix, rows in (("AW", AW, q), ("P", P, p)):
         if tuple(matrix.shape) != (rows, p) or not matrix.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{rows}, {p}], got shape {tuple(matrix.shape)}")
         require_dtype(matrix, dz.dtype, name)
         require_device(dz.device, **{name: matrix})
     require_rows(bias[None], 1, p, dz, "bias")
-    require_rows(stats, 4, p, dz, "stats")
+    if stats is not None:
+        require_rows(stats, 4, p, dz, "stats")
     if scales is not None:
         require_rows(scales[None], 1, 2, dz, "scales")
 
     acc = accumulation_dtype(dz.dtype)
     num_m, num_n = triton.cdiv(M, config.block_m), triton.cdiv(p, config.block_n)
-    dx = torch.empty(y.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
-    tiles = torch.empty((2, num_m, p), dtype=acc, device=dz.device)
+    dx = torch.empty((N, p, I, J), dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+    tiles = None if stats is None else torch.empty((2, num_m, p), dtype=acc, device=dz.device)
     launch(
         gram_dgrad_kernel,
         (num_m * num_n,),
-        touched=(dz, y, AW, P, bias, stats, scales, dx, tiles),
+        touched=(dz, M * p * y.element_size(), AW, P, bias, stats, scales, dx, tiles),
         flops=2 * M * p * (q + p),
         config=config,
         device=dz.device,
@@ -74,8 +83,15 @@ def gram_dgrad(
         M=M,
         P=p,
         Q=q,
+        H=H,
+        W=W,
+        I=I,
+        J=J,
         num_m=num_m,
         num_n=num_n,
+        HAS_RELU=stats is not None,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
         HAS_SCALES=scales is not None,
         WHOLE=num_n == 1 and config.block_n <= WHOLE,
         EVEN_Q=q % config.block_k == 0,

@@ -6,7 +6,7 @@ from .config import GemmConfig
 from .target import Target
 
 
-def gram_dgrad_config(rows: int, p: int, q: int, target: Target) -> GemmConfig:
+def gram_dgrad_config(rows: int, p: int, q: int, target: Target, *, itemsize: int = 2) -> GemmConfig:
     """Rows by the ``p`` channels below, reduced over ``q`` + ``p``.
 
     Up to 128 channels the kernel waits for memory, and one N tile must hold all of p, or dz is read twice.
@@ -14,6 +14,9 @@ def gram_dgrad_config(rows: int, p: int, q: int, target: Target) -> GemmConfig:
     if target.interpreter:
         block_n = min(max(16, 1 << (p - 1).bit_length()), 128)
         return GemmConfig(128 if rows > 4096 else 32, block_n, 64 if q >= 64 else 16, num_warps=4)
+    if itemsize > 2:
+        narrow = p <= 64 or target.sm < 90
+        return GemmConfig(64, 64 if narrow else 128, 32, num_warps=4 if narrow else 8, num_stages=3)
     if p <= 64:
         return GemmConfig(128, 64, 64, num_warps=4, num_stages=3, maxnreg=168 if target.sm >= 90 else None)
     if p <= 128 and target.sm >= 90:

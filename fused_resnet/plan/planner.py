@@ -12,9 +12,9 @@ from .config import GemmConfig, supports
 from .gram import gram_config
 from .gram_dgrad import gram_dgrad_config
 from .gram_wgrad import gram_wgrad_config
-from .plans import ChainProblem, Choice, ConvPlan, GramPlan, Plan
+from .plans import ChainProblem, Choice, ConvPlan, GramPlan, GramProjection, Plan
 from .problem import ConvProblem
-from .split import wgrad_split
+from .split import ELEMENT_BYTES, wgrad_split
 from .target import Target, current, why_not
 
 
@@ -23,11 +23,19 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
     reason = "asked for" if route == "reference" else _why_not(problem, target)
     if reason:
         return Plan("reference", reason)
-    why_not_gram = "the staged route was asked for" if route == "staged" else _why_not_gram(problem, route)
+    gram = None
+    reason = "the staged route was asked for" if route == "staged" else _why_not_gram(problem, route)
+    if not reason:
+        reason, projection = "the last convolution widens: its output need not exist", problem.projection
+        if projection is not None:
+            why_staged = _why_not_gram_projection(projection, route)
+            reason += f"; the projection's does: {why_staged}" if why_staged else ", nor the projection's"
+            projection = None if why_staged else projection
+        gram = _gram_plan(problem.convs[-1], target, projection)
     return Plan(
-        route="staged" if why_not_gram else "gram",
-        reason=why_not_gram or "the last convolution widens: its output need not exist",
-        gram=None if why_not_gram else _gram_plan(problem.convs[-1], target),
+        route="gram" if gram else "staged",
+        reason=reason,
+        gram=gram,
         problem=problem,
         convs=tuple(plan_conv(conv, target, first=i == 0) for i, conv in enumerate(problem.convs)),
         projection=plan_conv(problem.projection, target, first=True) if problem.projection else None,
@@ -49,7 +57,8 @@ def _why_not(problem: ChainProblem, target: Target) -> str:
 MOST_GRAM_WIDTH = 512
 """A wider Gram matrix costs more than the output it saves (half of the convolution's own products at 1024)."""
 GAINFUL_GRAM_WIDTH = 256
-"""Up to here the Gram route is the faster one on an H100; at 512 the vendor's convolutions and the passes are."""
+"""Up to here the Gram route is the faster one on an H100; at 512 the vendor's convolutions and the passes are. For a
+projection's input, where the route itself was not timed, so much follows from the times of its parts."""
 LEAST_GRAM_ROWS = 8
 
 
@@ -62,25 +71,55 @@ def _why_not_gram(problem: ChainProblem, route: str) -> str:
         return "with frozen statistics the normalisation is the convolution's epilogue already"
     if not problem.relu:
         return "without a ReLU at its end a chain is staged"
-    if last.Ci > (MOST_GRAM_WIDTH if route == "gram" else GAINFUL_GRAM_WIDTH):
+    if last.Ci > _most_width(route):
         return f"a Gram matrix {last.Ci} wide costs more than it saves"
     if last.M < LEAST_GRAM_ROWS:
         return f"{last.M} rows are too few for a covariance"
     return ""
 
 
-def _gram_plan(last: ConvProblem, target: Target) -> GramPlan:
-    itemsize = {"float32": 4, "float64": 8}.get(last.dtype, 2)
-    gram = gram_config(
-        last.M, last.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
-    )
+def _why_not_gram_projection(projection: ConvProblem, route: str) -> str:
+    """Why a projection writes its output on the Gram route, or "" where it need not."""
+    if not projection.is_pointwise or projection.groups != 1 or projection.Co <= projection.Ci:
+        return "it is not a 1x1 that widens"
+    if projection.Ci > _most_width(route):
+        return f"a Gram matrix {projection.Ci} wide costs more than it saves"
+    return ""
+
+
+def _most_width(route: str) -> int:
+    return MOST_GRAM_WIDTH if route == "gram" else GAINFUL_GRAM_WIDTH
+
+
+def _gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None = None) -> GramPlan:
+    fprop = "fprop+in+gram" if projection is None else "fprop+in+gram2"
     return GramPlan(
-        gram=_measured(last, "gram", target, gram),
-        fprop=_measured(last, "fprop+in+gram", target, default_config(last, "fprop", target)),
+        gram=_measured(last, "gram", target, _gram_config(last, target)),
+        fprop=_measured(last, fprop, target, default_config(last, "fprop", target)),
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
-        dgrad=_measured(last, "dgrad+gram", target, gram_dgrad_config(last.M, last.Ci, last.Co, target)),
+        dgrad=_measured(last, "dgrad+gram", target, _gram_dgrad_config(last, target)),
+        projection=None if projection is None else _gram_projection(projection, target),
     )
+
+
+def _gram_projection(projection: ConvProblem, target: Target) -> GramProjection:
+    return GramProjection(
+        gram=_measured(projection, "gram", target, _gram_config(projection, target)),
+        wgrad=_measured(projection, "wgrad+gram2", target, default_config(projection, "wgrad", target)),
+        dgrad=_measured(projection, "dgrad+gram2", target, _gram_dgrad_config(projection, target)),
+    )
+
+
+def _gram_config(conv: ConvProblem, target: Target) -> GemmConfig:
+    itemsize = ELEMENT_BYTES.get(conv.dtype, 2)
+    return gram_config(
+        conv.M, conv.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
+    )
+
+
+def _gram_dgrad_config(conv: ConvProblem, target: Target) -> GemmConfig:
+    return gram_dgrad_config(conv.M, conv.Ci, conv.Co, target, itemsize=ELEMENT_BYTES.get(conv.dtype, 2))
 
 
 MOST_MASKED_WIDTH = 128

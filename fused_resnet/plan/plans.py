@@ -37,16 +37,28 @@ class ConvPlan:
 
 
 @dataclass(frozen=True)
+class GramProjection:
+    """The configurations of a projection whose output never exists either."""
+
+    gram: GemmConfig
+    wgrad: GemmConfig
+    dgrad: GemmConfig
+
+
+@dataclass(frozen=True)
 class GramPlan:
     """The configurations of a chain's last 1x1 convolution where its output never exists."""
 
     gram: GemmConfig
     fprop: GemmConfig
+    """With ``projection``, of both products."""
     wgrad: GemmConfig
-    """From dz, where a pass formed it for a projection too."""
+    """From dz, where a pass formed it for a staged projection too."""
     masked_wgrad: GemmConfig | None
     """From the gradient above the ReLU: forms dz. ``None``: a pass does, and ``wgrad`` reads it."""
     dgrad: GemmConfig
+    projection: GramProjection | None = None
+    """None where there is none, or where it is staged."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,11 @@ class Plan:
     interpreter: bool = False
 
     @property
+    def gram_projection(self) -> GramProjection | None:
+        """There where the projection's output does not exist."""
+        return self.gram.projection if self.gram else None
+
+    @property
     def reads_out(self) -> bool:
         """Whether backward reads the output for its ReLU's mask: where the mask does not follow from a raw output y."""
         p = self.problem
@@ -109,6 +126,10 @@ def _conv_plan(fields: dict[str, Any]) -> ConvPlan:
     return ConvPlan(_conv_problem(fields["problem"]), fprop, dgrad, wgrad, fields["forms_dy"])
 
 
+def _configs(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: config and GemmConfig(**config) for name, config in fields.items()}
+
+
 @lru_cache(maxsize=4096)
 def decode(text: str) -> Plan:
     """The plan that :meth:`Plan.encode` wrote."""
@@ -121,5 +142,8 @@ def decode(text: str) -> Plan:
     fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
     fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
     if fields["gram"]:
-        fields["gram"] = GramPlan(**{name: c and GemmConfig(**c) for name, c in fields["gram"].items()})
+        projected = fields["gram"].pop("projection")
+        fields["gram"] = GramPlan(
+            **_configs(fields["gram"]), projection=GramProjection(**_configs(projected)) if projected else None
+        )
     return Plan(**fields)

@@ -85,13 +85,20 @@ def _shape_key(p: ConvProblem) -> str:
 
 
 def pass_name(
-    kind: str, *, prologue: bool = False, epilogue: bool = False, gram: bool = False, formed: bool = False
+    kind: str,
+    *,
+    prologue: bool = False,
+    epilogue: bool = False,
+    gram: bool = False,
+    gram2: bool = False,
+    formed: bool = False,
 ) -> str:
     """``kind`` of KINDS; ``"+in"`` where an operand is formed on load, ``"+out"`` where it masks, reduces or takes
-    statistics, ``"+gram"`` where it is the Gram route's, ``"+formed"`` where a pass before it formed dy."""
+    statistics, ``"+gram"`` where it is the Gram route's, ``"+gram2"`` that of a projection (fprop: of the convolution
+    that it joins as a second product), ``"+formed"`` where a pass before it formed dy."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
-    flags = {"in": prologue, "out": epilogue, "gram": gram, "formed": formed}
+    flags = {"in": prologue, "out": epilogue, "gram": gram, "gram2": gram2, "formed": formed}
     return "+".join([kind, *(name for name, is_so in flags.items() if is_so)])
 
 
@@ -145,7 +152,7 @@ def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, T
         passes = _nearest_batch(table, problem, key)
     if not passes:
         return None
-    if pass_.endswith(("gram", "+formed")):
+    if pass_.endswith(("gram", "+gram2", "+formed")):
         return passes.get(pass_)
     kind = pass_.partition("+")[0]
     same_prologue = kind + ("+in" if "+in" in pass_ else "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_resnet as fr
 from tests.conftest import INTERPRETED
-from tests.eager import Chain, compare, editing, formed, mixing, pair
+from tests.eager import Chain, compare, editing, formed, mixed, mixing, pair, projects_staged
 
 quick = pytest.mark.quick
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
@@ -175,9 +175,63 @@ def test_passes_form_dy_and_dz(kind: str, route: str) -> None:
         compare(case)
     ran = [launch.kernel for launch in launches]
     assert "gram_wgrad_kernel" not in ran and "bn_act_grad_reduce_kernel" in ran
-    staged = (4 if kind == "projection" else 3) - (route == "gram")
-    assert ran.count("bn_grad_apply_kernel") == staged
+    layers = 4 if kind == "projection" else 3
+    of_gram = 0 if route == "staged" else layers - 2
+    assert ran.count("bn_grad_apply_kernel") == layers - of_gram
     assert ("gram_dgrad_kernel" in ran) == (route == "gram")
+
+
+@quick
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("vendor", [(), ("fprop",), ("dgrad",), ("wgrad",), PASSES], ids="+".join)
+def test_gram_beside_a_staged_projection(vendor: tuple[str, ...], stride: int) -> None:
+    case = chain(3, "projection", stride=stride)
+    case.route = "gram"
+
+    def edit(text: str) -> str:
+        return mixed(projects_staged(text), lambda i, kind: i == -1 and kind in vendor)
+
+    with editing(edit):
+        compare(case)
+
+
+def projection_gradients() -> list[frozenset[int]]:
+    """Each tensor alone, the projection's without any other, all but x, and some at random; x is 0, the projection's
+    weight, gamma and beta the last three."""
+    drawn = random.Random(1)
+    some = [frozenset(i for i in range(13) if drawn.random() < 0.5) for _ in range(4)]
+    return [*(frozenset({i}) for i in range(13)), frozenset({10, 11, 12}), frozenset(range(1, 13)), *some]
+
+
+@pytest.mark.parametrize("wanted", projection_gradients(), ids=lambda s: "+".join(map(str, sorted(s))))
+def test_gram_projection_gradients(wanted: frozenset[int]) -> None:
+    case = chain(3, "projection")
+    case.route = "gram"
+    for i, t in enumerate([case.x, *(p for m in case.modules for p in m.parameters())]):
+        t.requires_grad_(i in wanted)
+    with fr.record_launches() as launches:
+        compare(case)
+    ran = [launch.kernel for launch in launches]
+    of_x, of_projection, below = 0 in wanted, wanted & {10, 11, 12}, wanted & {0, 1, 2, 3, 4, 5, 6}
+    assert ran.count("gram_dgrad_kernel") == bool(below) + of_x
+    assert ran.count("gram_backward_kernel") == bool(wanted - {10, 11, 12}) + bool(of_projection or of_x)
+
+
+def test_gram_projection_writes_neither_its_output_nor_the_gradient_of_it() -> None:
+    case = chain(3, "projection")
+    case.route = "gram"
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with fr.record_launches() as launches, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = case.copied().fused()
+    wide = [t for t in saved if t.shape == out.shape]
+    assert len(wide) <= 1  # the output itself, for its mask
+    ran = [launch.kernel for launch in launches]
+    assert ran.count("gram_kernel") == 2 and ran.count("conv_fprop_kernel") == 3
 
 
 def test_gram_auto_takes_it_and_strict_says_why_not() -> None:

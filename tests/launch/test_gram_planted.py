@@ -15,8 +15,8 @@ PLANTED = {
     "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
     "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
     "an accumulator counted twice": (
-        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        base",
-        "        base",
+        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        if not SAMPLES",
+        "        if not SAMPLES",
     ),
     "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
     "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),

@@ -198,6 +198,51 @@ def test_the_gram_route_s_configurations_are_the_measured_ones(
     assert planner._gram_plan(replace(conv, Ci=128), H100).masked_wgrad is not None
 
 
+def projected(ci: int, co: int, stride: int = 2, kernel: int = 1, groups: int = 1) -> ChainProblem:
+    """A block of bottleneck width ``co`` / 4 whose projection takes ``ci`` channels to ``co``."""
+    size, width = (64, 14, 14), co // 4
+    pairs = (stride, stride), (kernel // 2, kernel // 2)
+    convs = (
+        ConvProblem(*size, ci, width),
+        ConvProblem(*size, width, width, 3, 3, (stride, stride), (1, 1)),
+        ConvProblem(size[0], -(-14 // stride), -(-14 // stride), width, co),
+    )
+    return ChainProblem(convs, ConvProblem(*size, ci, co, kernel, kernel, *pairs, groups=groups), "projection")
+
+
+@pytest.mark.parametrize(
+    ("problem", "route", "why"),
+    [
+        (projected(64, 256, 1), "auto", ""),
+        (projected(256, 512), "auto", ""),
+        (projected(512, 1024), "auto", "512 wide costs more than it saves"),
+        (projected(512, 1024), "gram", ""),
+        (projected(1024, 2048), "gram", "1024 wide costs more than it saves"),
+        (projected(256, 256), "auto", "not a 1x1 that widens"),
+        (projected(64, 256, kernel=3), "auto", "not a 1x1 that widens"),
+        (projected(64, 256, groups=2), "auto", "not a 1x1 that widens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_projection_goes_the_gram_route_or_the_plan_says_why_not(problem: ChainProblem, route: str, why: str) -> None:
+    plan = planner.plan_chain(problem, H100, route)
+    assert plan.gram is not None and decode(plan.encode()) == plan
+    assert (plan.gram_projection is None) == bool(why)
+    said = "; the projection's does: " if why else ", nor the projection's"
+    assert said in plan.reason and why in plan.reason
+
+
+def test_the_gram_route_of_a_projection_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("gram", "fprop+in+gram2", "wgrad+gram2", "dgrad+gram2")
+    found = {name: GemmConfig(64, 64, 64, split=i + 2) for i, name in enumerate(names)}
+    entries = {name: tables.Entry(config, 9.0, None, 0.0, None, "test") for name, config in found.items()}
+    monkeypatch.setattr(tables, "lookup", lambda _, name, __: entries.get(name))
+    gram = planner.plan_chain(projected(256, 512), H100).gram
+    assert gram is not None and gram.projection is not None
+    of_projection = (gram.projection.gram, gram.fprop, gram.projection.wgrad, gram.projection.dgrad)
+    assert of_projection == tuple(found.values())
+
+
 def test_a_measured_configuration_that_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = tables.Entry(GemmConfig(256, 256, 256, num_stages=4), 1.0, 9.0, 0.0, None, "test")
     monkeypatch.setattr(tables, "lookup", lambda *_: huge)
