@@ -55,8 +55,10 @@ def config_for(context: Context, case: ConvCase, target: Target) -> GemmConfig:
     name = target.name
     for table in ([{tables.gpu_slug(name): tables.parse(tuned)}] if tuned else []) + [tables.TABLES]:
         entry = tables.lookup(case.problem, case.variant, name, table)
-        if entry is not None and entry.ours is not None and supports(case.problem, case.kind, target, entry.ours)[0]:
-            return entry.ours
+        ours = None if entry is None else entry.ours
+        formed = case.formed or case.gram
+        if ours is not None and supports(case.problem, case.kind, target, ours, formed=formed)[0]:
+            return ours
     return case.candidates(target)[0]
 
 

@@ -1,8 +1,9 @@
 """Which configurations are worth measuring for a pass of a convolution, the most likely first.
 
-The lists come from compiling every tile for sm_90 and reading registers, spills and shared memory: most entries let
-two or three programs share a processor, so that one's loads overlap another's products and epilogue. A main loop
-spills next to nothing in any of them; a ``maxnreg`` that makes the epilogue spill a few dozen registers may still pay.
+The lists come from compiling every tile for sm_90 and reading registers, spills and shared memory, and were pruned of
+what never came within a twentieth of the fastest on an H100. Most entries let two or three programs share a processor,
+so that one's loads overlap another's products and epilogue. A main loop spills next to nothing in any of them; a
+``maxnreg`` that makes the epilogue spill a few dozen registers may still pay.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target
 
-MOST = 26
+MOST = 24
 
 
 class Tile(NamedTuple):
@@ -39,60 +40,57 @@ class Tile(NamedTuple):
 T = True
 # fprop of one or two steps of the reduction: nothing to pipeline, so memory goes to further programs.
 FPROP_SHORT = (
-    Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 4, 2), Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2, T, 128),
-    Tile(128, 256, 64, 8, 2), Tile(128, 64, 64, 4, 2, T), Tile(64, 256, 64, 4, 2), Tile(64, 64, 64, 4, 2),
-    Tile(256, 64, 64, 8, 2), Tile(128, 128, 64, 4, 2), Tile(64, 256, 64, 8, 2, maxnreg=128), Tile(128, 64, 64, 8, 2),
-    Tile(128, 128, 64, 8, 2, T), Tile(256, 64, 64, 8, 2, T), Tile(64, 64, 64, 4, 2, T), Tile(128, 32, 64, 4, 2),
+    Tile(128, 128, 64, 8, 2, T, 128), Tile(128, 64, 64, 4, 2, T), Tile(128, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2, T),
+    Tile(64, 64, 64, 4, 2, T), Tile(128, 128, 64, 4, 2), Tile(256, 64, 64, 8, 2, T), Tile(64, 64, 64, 4, 2),
+    Tile(64, 128, 64, 4, 2),
 )  # fmt: skip
 FPROP = (
-    Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3, T, 128), Tile(64, 128, 64, 4, 3),
-    Tile(128, 64, 64, 4, 4), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 256, 64, 8, 3),
-    Tile(128, 128, 64, 4, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 5), Tile(128, 256, 64, 8, 3, T),
-    Tile(128, 128, 64, 8, 4, T), Tile(64, 256, 64, 4, 3), Tile(128, 64, 64, 4, 3, T), Tile(256, 64, 64, 8, 3),
-    Tile(64, 64, 64, 4, 5), Tile(256, 64, 64, 8, 4, T), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3, T),
-    Tile(128, 32, 64, 4, 3),
+    Tile(128, 128, 64, 8, 3, T, 128), Tile(128, 256, 64, 8, 3, T), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3),
+    Tile(64, 64, 64, 4, 3, T), Tile(128, 64, 64, 4, 3, T), Tile(128, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4, T), Tile(256, 64, 64, 8, 4, T), Tile(128, 128, 32, 8, 6, T, 128),
+    Tile(128, 256, 32, 8, 6, T), Tile(64, 128, 32, 4, 6), Tile(128, 32, 64, 4, 3),
 )  # fmt: skip
 # dgrad of a 1x1: two operands are read for the left one, which halves the stages that fit.
 DGRAD_POINTWISE = (
-    Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2, maxnreg=128), Tile(128, 64, 64, 4, 2), Tile(64, 128, 64, 4, 3),
-    Tile(128, 128, 32, 8, 4, maxnreg=128), Tile(128, 256, 64, 8, 2), Tile(64, 256, 64, 8, 2, maxnreg=128),
-    Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 2, maxnreg=128), Tile(64, 256, 32, 4, 3),
-    Tile(128, 128, 64, 8, 3, T), Tile(128, 64, 64, 8, 3), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 3, T),
-    Tile(128, 64, 64, 8, 3, T), Tile(64, 64, 64, 4, 4, T), Tile(128, 32, 64, 4, 3),
-    Tile(64, 256, 32, 4, 3, prefetch=True), Tile(64, 128, 64, 4, 2, prefetch=True),
-    Tile(128, 64, 64, 4, 2, prefetch=True), Tile(128, 128, 64, 8, 3, prefetch=True),
-    Tile(64, 64, 64, 4, 3, prefetch=True),
+    Tile(64, 256, 32, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 2, maxnreg=128),
+    Tile(64, 128, 64, 4, 2), Tile(128, 64, 64, 4, 3, T), Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 4, 2),
+    Tile(64, 256, 32, 4, 3, prefetch=True), Tile(64, 128, 64, 4, 2, prefetch=True), Tile(64, 256, 32, 4, 4),
+    Tile(64, 64, 64, 4, 3, prefetch=True), Tile(128, 64, 64, 4, 2, prefetch=True), Tile(64, 128, 32, 4, 4),
+    Tile(64, 64, 64, 4, 4, T), Tile(128, 64, 64, 8, 3, T), Tile(128, 32, 64, 4, 3),
+)  # fmt: skip
+DGRAD_FORMED = (
+    Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3),
+    Tile(128, 256, 64, 8, 3, prefetch=True), Tile(64, 128, 64, 4, 3, prefetch=True), Tile(64, 256, 32, 4, 4),
+    Tile(128, 128, 64, 8, 3, maxnreg=128, prefetch=True), Tile(64, 256, 32, 4, 4, prefetch=True),
+    Tile(128, 256, 64, 8, 4), Tile(128, 64, 64, 4, 3, prefetch=True), Tile(128, 128, 64, 8, 3, T, 128),
+    Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 5, maxnreg=128), Tile(128, 32, 64, 4, 3),
 )  # fmt: skip
 DGRAD = (
-    Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 4),
-    Tile(128, 64, 64, 4, 3, T), Tile(128, 128, 64, 8, 3, T, 128), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(256, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3),
-    Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 4, T), Tile(64, 64, 64, 4, 5, T), Tile(128, 64, 64, 8, 3),
-    Tile(256, 64, 64, 8, 3, T), Tile(128, 64, 64, 4, 3, maxnreg=128), Tile(128, 32, 64, 4, 3),
-    Tile(128, 128, 64, 4, 3, prefetch=True), Tile(64, 128, 64, 4, 3, prefetch=True),
-    Tile(128, 64, 64, 4, 3, T, prefetch=True), Tile(128, 64, 64, 4, 3, prefetch=True),
-    Tile(128, 256, 64, 8, 3, prefetch=True), Tile(128, 128, 64, 8, 3, T, 128, True),
+    Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3, T, 128), Tile(128, 64, 64, 4, 3, T), Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 64, 64, 4, 3),
+    Tile(128, 128, 64, 4, 3, prefetch=True), Tile(128, 64, 64, 4, 3, T, prefetch=True),
+    Tile(64, 128, 64, 4, 3, prefetch=True), Tile(128, 256, 64, 8, 3, prefetch=True), Tile(128, 128, 32, 4, 6),
+    Tile(128, 128, 64, 8, 3, T, 128, True), Tile(128, 64, 64, 4, 3, prefetch=True), Tile(128, 256, 32, 8, 6),
+    Tile(128, 64, 64, 4, 3, maxnreg=128), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 4, T),
+    Tile(128, 64, 32, 4, 6, T), Tile(128, 32, 64, 4, 3),
 )  # fmt: skip
 
 # Output channels, input channels, rows, warps, stages, taps of a program.
 WGRAD = (
-    (128, 128, 64, 8, 3, 1), (64, 64, 64, 4, 4, 1), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1),
-    (128, 64, 64, 4, 4, 1), (64, 128, 64, 4, 4, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 4, 3, 1),
-    (64, 256, 64, 8, 3, 1), (256, 64, 64, 8, 3, 1), (64, 64, 128, 4, 3, 1), (64, 64, 64, 4, 2, 1),
-    (128, 128, 32, 8, 4, 1), (128, 64, 128, 8, 2, 1),
+    (128, 128, 64, 8, 3, 1), (64, 64, 64, 4, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 3, 1),
+    (128, 64, 64, 4, 4, 1), (64, 128, 64, 4, 4, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1),
+    (64, 64, 128, 4, 3, 1), (128, 64, 128, 8, 2, 1), (128, 128, 32, 8, 6, 1), (128, 256, 32, 8, 5, 1),
 )  # fmt: skip
 WGRAD_ROW = (
-    (64, 64, 64, 4, 3, 3), (128, 64, 64, 8, 3, 3), (128, 128, 64, 8, 3, 3), (64, 64, 32, 4, 4, 3),
-    (64, 64, 64, 4, 4, 3), (128, 64, 64, 8, 4, 3),
+    (128, 64, 64, 8, 3, 3), (64, 64, 64, 4, 3, 3), (128, 64, 64, 8, 4, 3), (128, 256, 64, 8, 3, 1),
+    (128, 128, 64, 8, 3, 1), (64, 64, 32, 4, 4, 3), (64, 64, 64, 4, 4, 3),
 )  # fmt: skip
 
 GRAM_DGRAD = (
-    Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128),
-    Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 3),
-    Tile(128, 128, 32, 8, 4, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 256, 64, 8, 3), Tile(128, 64, 64, 4, 4),
+    Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3),
+    Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 6, maxnreg=128), Tile(128, 64, 32, 4, 6),
+    Tile(256, 64, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4),
 )  # fmt: skip
-
-
 # gram_wgrad: output channels, input channels, rows, warps, stages. dout is read once for every tile of input channels.
 GRAM_WGRAD = (
     (128, 128, 64, 8, 3), (64, 256, 64, 8, 2), (64, 256, 32, 4, 3), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3),
@@ -124,7 +122,7 @@ def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int =
             if n <= max(problem.Ci, 64)
         )
     found = dict.fromkeys([default, *proposed])
-    return [config for config in found if supports(problem, kind, target, config)[0]][:most]
+    return [config for config in found if supports(problem, kind, target, config, formed=True)[0]][:most]
 
 
 def _gram(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
@@ -159,7 +157,7 @@ def candidates(
     else:
         proposed = _wgrad(problem, target, formed) if kind == "wgrad" else _gemm(problem, kind, formed)
     found = dict.fromkeys([default, *proposed])
-    return [config for config in found if supports(problem, kind, target, config)[0]][:most]
+    return [config for config in found if supports(problem, kind, target, config, formed=formed)[0]][:most]
 
 
 def _gemm(problem: ConvProblem, kind: str, formed: bool) -> Iterator[GemmConfig]:
@@ -167,7 +165,7 @@ def _gemm(problem: ConvProblem, kind: str, formed: bool) -> Iterator[GemmConfig]
     columns, depth = (problem.Co, problem.Ci) if kind == "fprop" else (problem.Ci, problem.Co)
     tiles: tuple[Tile, ...]
     if kind == "dgrad":
-        tiles = DGRAD_POINTWISE if problem.is_pointwise and not formed else DGRAD
+        tiles = DGRAD_FORMED if formed else DGRAD_POINTWISE if problem.is_pointwise else DGRAD
     else:
         tiles = FPROP_SHORT if problem.taps * depth <= 128 else FPROP
     for m, n, k, warps, stages, transposed, maxnreg, prefetch in tiles:
@@ -180,7 +178,7 @@ def _wgrad(problem: ConvProblem, target: Target, formed: bool) -> Iterator[GemmC
     """Output by input channels of one tap or three, reduced over the rows, which are split into parts."""
     tiles: tuple[tuple[int, ...], ...]
     if problem.S == 3:
-        tiles = (*WGRAD_ROW[:3], *WGRAD[:3], *WGRAD_ROW[3:], *WGRAD[3:])
+        tiles = WGRAD_ROW
     elif formed:
         tiles = WGRAD
     else:  # two prologues beside as many accumulators would spill in the main loop

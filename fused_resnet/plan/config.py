@@ -48,8 +48,13 @@ MOST_TAPS = 63
 """The taps of a filter whose validity fits the bits of one integer per row."""
 
 
-def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> tuple[bool, str]:
-    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``; else why."""
+def supports(
+    problem: ConvProblem, kind: str, target: Target, config: GemmConfig, *, formed: bool = False
+) -> tuple[bool, str]:
+    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``; else why.
+
+    ``formed``: dy need not be formed on load.
+    """
     if problem.groups != 1:
         return False, f"a grouped convolution ({problem.groups} groups)"
     stem = problem.is_stem and kind != "dgrad"
@@ -67,7 +72,7 @@ def supports(problem: ConvProblem, kind: str, target: Target, config: GemmConfig
         return False, f"a step takes whole rows of the filter, {problem.run} elements each: {config}"
     itemsize = 4 if problem.dtype == "float32" else 2
     staged = config.block_m + config.block_n
-    if kind == "dgrad" and problem.is_pointwise:
+    if kind == "dgrad" and problem.is_pointwise and not formed:
         staged += config.block_m  # y, beside dz
     operands = itemsize * config.num_stages * config.block_k * staged
     if not target.interpreter and operands > target.shared_memory:

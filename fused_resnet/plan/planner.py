@@ -138,7 +138,7 @@ def _masked_wgrad(last: ConvProblem, target: Target) -> GemmConfig | None:
 
 def _measured(problem: ConvProblem, pass_: str, target: Target, default: GemmConfig) -> GemmConfig:
     entry, kind = tables.lookup(problem, pass_, target), pass_.partition("+")[0]
-    if entry is not None and entry.ours is not None and supports(problem, kind, target, entry.ours)[0]:
+    if entry is not None and entry.ours is not None and supports(problem, kind, target, entry.ours, formed=True)[0]:
         return entry.ours
     return default
 
@@ -255,7 +255,7 @@ def _both(problem: ConvProblem, target: Target, first: bool, formed: bool) -> li
     for kind in ("dgrad", "wgrad"):
         entry = tables.lookup(problem, _pass_name(problem, kind, first, formed), target)
         ours = None if entry is None or entry.us is None else entry.ours
-        if entry is not None and ours is not None and supports(problem, kind, target, ours)[0]:
+        if entry is not None and ours is not None and supports(problem, kind, target, ours, formed=formed)[0]:
             found.append(entry)
     return found if len(found) == 2 else []
 
