@@ -1,0 +1,138 @@
+"""Numbers that frighten: whole blocks by the Gram route under the numerics rule, where eager gives it a baseline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet import use_route
+from tests import frightening
+from tests.conftest import INTERPRETED
+from tests.frightening import BLOCKS, SCENARIOS, far
+from tests.whole_block import Block, identity_block
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+P_ONCE = (
+    "P is rounded to 16 bits once: its error, the same in every row, adds up into dgamma and dbeta of the layer below. "
+    "P as two 16-bit terms brings them back to eager's"
+)
+UNCENTRED = "a mean of dz, or of a, cancels in float32 sums where eager subtracts it from every element first"
+SQUARED = "float32 holds the Gram matrix, whose condition is the square of the data's"
+P_CASES = itertools.product(
+    ("a gradient along xhat", "filters orthogonal to the data"), ("float16", "bfloat16"), ("identity", "projection")
+)
+KNOWN = dict.fromkeys(P_CASES, P_ONCE) | {
+    ("a gradient along xhat", "float32", "projection"): UNCENTRED,
+    ("a pooled gradient", "float32", "identity"): UNCENTRED,
+    ("a pooled gradient", "float32", "projection"): UNCENTRED,
+    ("a gradient of mean 30", "float32", "projection"): UNCENTRED,
+    ("filters orthogonal to the data", "float32", "identity"): SQUARED,
+    ("filters orthogonal to the data", "float32", "projection"): SQUARED,
+}
+"""Where the rule refuses the Gram route, and why."""
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def _known(reason: str | None) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True),) if reason else ()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "block"),
+    [
+        pytest.param(*case, marks=_known(KNOWN.get(case)), id="-".join(case))
+        for case in itertools.product(SCENARIOS, DTYPES, BLOCKS)
+    ],
+)
+def test_the_rule(name: str, dtype: str, block: str) -> None:
+    SCENARIOS[name](DTYPES[dtype], BLOCKS[block]).check()
+
+
+RATIOS = {"float32": (8, 100, 1_000, 10_000), "float16": (8, 64, 256), "bfloat16": (8, 64)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio"),
+    [
+        pytest.param(dtype, ratio, marks=_known(UNCENTRED if dtype == "float32" else None))
+        for dtype, ratios in RATIOS.items()
+        for ratio in ratios
+    ],
+)
+def test_an_input_far_from_zero(dtype: str, ratio: float) -> None:
+    """abs(mean) / std of the last convolution's input. Its own rounding leaves 16 bits no digit at last."""
+    far(ratio)(DTYPES[dtype]).check()
+
+
+@pytest.mark.parametrize("name", ["underflow", "loss_scale"])
+def test_gradients_at_the_ends_of_float16(name: str) -> None:
+    getattr(frightening, name)(torch.float16).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("count", range(2, 10))
+def test_few_rows(count: int, dtype: str) -> None:
+    """Below 8 rows a covariance is all noise, and the block takes the staged route.
+
+    Of two or four rows some channels hold values so close together that y's last digits are all that BatchNorm leaves:
+    then any two correct float32 results differ by several times their error.
+    """
+    frightening.rows(count)(DTYPES[dtype]).check(strict=count >= 8, float32_factor=10.0 if count < 8 else 2.0)
+
+
+@pytest.mark.parametrize("route", ["gram", "staged", "reference"])
+def test_one_row_has_no_statistics(route: str) -> None:
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        frightening.rows(1)(torch.float32).run(route, strict=False)
+
+
+# ----- NaN and infinity -----
+
+
+def _bad(t: Tensor) -> Tensor:
+    return ~t.isfinite()
+
+
+def _poisoned(block: Block, where: str, value: float) -> Block:
+    if where == "x":
+        block.x[1, 3, 2, 2] = value
+    else:
+        block.dout[1, 3, 2, 2] = value
+        # the last ReLU lets this element through, or does not
+        block.layers[2].beta[3] = 50.0 if where == "dout" else -50.0
+    return block
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "dout", "dout where the ReLU is zero"])
+@pytest.mark.parametrize(("dtype", "block"), [("float32", "identity"), ("float16", "projection")])
+def test_what_is_not_finite_is_so_where_eager_shows_it(dtype: str, block: str, where: str, value: float) -> None:
+    case = _poisoned(BLOCKS[block](DTYPES[dtype]), where, value)
+    results, _ = case.run()
+    eager = case.plain(DTYPES[dtype])
+    shows = {name: _bad(t) for name, t in eager.items() if isinstance(t, Tensor)}
+    assert any(bad.any() for bad in shows.values()) == (where != "dout where the ReLU is zero")
+    for name, bad in shows.items():
+        assert torch.equal(_bad(results[name]), bad), name
+        if value != value:
+            assert torch.equal(results[name].isnan(), eager[name].isnan()), name
+
+
+def test_without_strictness_fewer_than_eight_rows_run_staged() -> None:
+    case = identity_block(torch.float32, size=(7, 1, 1))
+    with pytest.raises(RuntimeError, match="7 rows are too few"), use_route("gram", strict=True):
+        case.run()

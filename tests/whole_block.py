@@ -1,0 +1,152 @@
+"""A bottleneck through the public operation, any route, beside eager PyTorch and the float64 oracle of the rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet import functional, use_route
+from fused_resnet.plan.target import INTERPRETER, Assumption, assume
+from tests import numerics
+from tests.staged_case import image, layer
+
+BFLOAT16_TOO = Assumption(replace(INTERPRETER, dtypes=INTERPRETER.dtypes | {"bfloat16"}))
+"""What the strict interpreter computes; Triton's own has no bfloat16."""
+RUNNING = ("running_mean", "running_var")
+
+
+@dataclass
+class Block:
+    """conv-BN-ReLU three times around a shortcut, in training; ``dout`` [like the output]."""
+
+    x: Tensor
+    layers: list[numerics.Layer]
+    projection: numerics.Layer | None
+    dout: Tensor
+    running: dict[str, Tensor] = field(default_factory=dict)
+    """What the BatchNorms start from; ``run`` leaves what they end with in its results."""
+
+    @property
+    def parts(self) -> dict[str, numerics.Layer]:
+        """By the suffix that ``numerics.chain`` gives their results."""
+        parts = {str(i): part for i, part in enumerate(self.layers)}
+        return parts | ({"_p": self.projection} if self.projection else {})
+
+    def run(self, route: str = "gram", strict: bool = True) -> tuple[dict[str, Any], list[Tensor]]:
+        """Results named as ``numerics.chain`` names them, running statistics too, and the masks of the three ReLUs."""
+        leaves, running, operands = {}, {}, {}
+        for suffix, part in self.parts.items():
+            values = (part.weight.to(self.x.dtype), part.gamma, part.beta)
+            own = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in values]
+            kept = self._buffers(part)
+            conv = functional.Conv(own[0], part.stride, part.padding, part.dilation, part.groups)
+            operands[suffix] = (conv, functional.BatchNorm(own[1], own[2], *kept, eps=part.eps))
+            leaves |= {name + suffix: t for name, t in zip(("dw", "dgamma", "dbeta"), own, strict=True)}
+            running |= {name + suffix: t for name, t in zip(RUNNING, kept, strict=True)}
+        x = self.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        with assume(BFLOAT16_TOO), use_route(route, strict=strict):
+            out = functional.bottleneck(x, [operands[str(i)] for i in range(3)], operands.get("_p"))
+        out.backward(self.dout)
+        results = {"z": out.detach(), "dx": x.grad} | {name: leaf.grad for name, leaf in leaves.items()}
+        return results | running, [*self._inner_masks(operands), numerics.relu_mask(out.detach())]
+
+    def _inner_masks(self, operands: dict[str, Any]) -> list[Tensor]:
+        """Of the ReLUs between, by the same kernels one layer at a time: no route writes both activations."""
+        masks, a = [], self.x
+        with torch.no_grad(), assume(BFLOAT16_TOO), use_route("staged", strict=True):
+            for i in range(2):
+                conv, bn = operands[str(i)]
+                bn = bn._replace(running_mean=None, running_var=None)
+                a = functional.conv_bn_relu(a, conv.weight, bn, stride=conv.stride, padding=conv.padding)
+                masks.append(numerics.relu_mask(a))
+        return masks
+
+    def _buffers(self, part: numerics.Layer) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(part.gamma), torch.ones_like(part.gamma)
+
+    def plain(self, dtype: torch.dtype, masks: list[Tensor] | None = None) -> dict[str, Any]:
+        """The same by PyTorch, in ``dtype``."""
+        if self.projection is not None:
+            results = numerics.chain(
+                self.x, self.layers, self.dout, dtype=dtype, masks=masks, projection=self.projection
+            )
+        else:
+            results = numerics.chain(self.x, self.layers, self.dout, dtype=dtype, masks=masks, residual=self.x)
+            results["dx"] = results["dx"] + results.pop("dresidual")
+        return results | self._plain_running(dtype)
+
+    def _plain_running(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        found: dict[str, Tensor] = {}
+
+        def conv_bn(a: Tensor, suffix: str) -> Tensor:
+            part = self.parts[suffix]
+            kept = [t.to(wide) for t in self._buffers(part)]
+            y = F.conv2d(a, part.weight.to(dtype), None, part.stride, part.padding)
+            z = F.batch_norm(y, *kept, part.gamma.to(wide), part.beta.to(wide), True, 0.1, part.eps)
+            found.update({name + suffix: t for name, t in zip(RUNNING, kept, strict=True)})
+            return z
+
+        with torch.no_grad():
+            a = self.x.to(dtype)
+            for suffix in self.parts:
+                a = conv_bn(self.x.to(dtype) if suffix == "_p" else a, suffix).relu()
+        return found
+
+    def scores(self, route: str = "gram", float32_factor: float = 2.0, **options: Any) -> list[numerics.Score]:
+        """The numerics rule over all that the block computes, each ReLU's mask teacher-forced.
+
+        Part A speaks where eager itself is well within it: some inputs leave nobody the dtype's digits. Part M, which
+        finds one wrong pixel among many, does not speak of vectors: one wrong channel of twenty is in their RMS.
+        ``float32_factor``: how many times eager's error is allowed in float32, where a caller has a reason for more.
+        """
+        results, masks = self.run(route, **options)
+        eager = self.plain(self.x.dtype)
+        oracles = self.plain(torch.float64, masks), self.plain(torch.float64, eager["masks"])
+        scores = numerics.score_all(results, eager, *oracles)
+        for score in scores:
+            excused = "A:" if score.eager_error > numerics.ABSOLUTE.get(self.x.dtype, 0.0) / 2 else ""
+            excused += "M:" if results[score.name].dim() == 1 else ""
+            if self.x.dtype == torch.float32 and score.ratio <= float32_factor > 2:
+                excused = "R:M:"
+            score.failures = [failure for failure in score.failures if failure[:2] not in excused]
+        return scores
+
+    def check(self, route: str = "gram", **options: Any) -> list[numerics.Score]:
+        """AssertionError with the table of all results if the rule refuses any."""
+        scores = self.scores(route, **options)
+        refused = [s.name for s in scores if not s.ok]
+        assert not refused, f"refused: {', '.join(refused)}\n{numerics.table(scores)}"
+        return scores
+
+
+def identity_block(
+    dtype: torch.dtype, seed: int = 0, size: tuple[int, int, int] = (5, 9, 7), p: int = 20, q: int = 48
+) -> Block:
+    """1x1, 3x3, 1x1 over its own input; few rows, channels that fill no tile."""
+    n, h, w = size
+    layers = [layer(q, p, 1, dtype, seed), layer(p, p, 3, dtype, seed + 1), layer(p, q, 1, dtype, seed + 2)]
+    return Block(
+        image(n, q, h, w, dtype=dtype, seed=seed),
+        layers,
+        None,
+        image(n, q, h, w, dtype=dtype, seed=seed + 77, mean=0.1),
+    )
+
+
+def projected_block(
+    dtype: torch.dtype, seed: int = 0, size: tuple[int, int, int] = (5, 9, 7), ci: int = 40, p: int = 24, q: int = 72
+) -> Block:
+    """With a 3x3 of stride 2 and a strided projection."""
+    n, h, w = size
+    layers = [layer(ci, p, 1, dtype, seed), layer(p, p, 3, dtype, seed + 1, stride=2), layer(p, q, 1, dtype, seed + 2)]
+    return Block(
+        image(n, ci, h, w, dtype=dtype, seed=seed, mean=0.5),
+        layers,
+        layer(ci, q, 1, dtype, seed + 3, stride=2),
+        image(n, q, -(-h // 2), -(-w // 2), dtype=dtype, seed=seed + 77, mean=0.1),
+    )
