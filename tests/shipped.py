@@ -17,7 +17,7 @@ import torch
 
 import fused_resnet.launch
 from benchmarks.problems import Layer, layers
-from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, record, stem_conv, stem_pool
+from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, nhwc, record, stem_conv, stem_pool
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
@@ -205,6 +205,9 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     bn_act_grad.bn_grad_finalize(three, stats, row, p.M, row=2)
     bn_act_grad.bn_grad_apply(y, y, coeffs, once)
     bn_act_grad.bn_grad_apply(y, None, coeffs, once)
+    nhwc.nhwc(torch.empty(y.shape, dtype=dtype, device="meta"))
+    for expanded in ((p.N, p.Co, 1, 1), (1, 1, 1, 1)):
+        nhwc.nhwc(torch.empty(expanded, dtype=dtype, device="meta").expand(y.shape))
 
 
 def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:

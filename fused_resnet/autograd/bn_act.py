@@ -8,6 +8,7 @@ import torch
 
 from ..launch import bn_act as launch_act
 from ..launch import bn_act_grad, bn_stats
+from ..launch.nhwc import nhwc
 from ..plan.passes import pass_config, reduce_config
 from .library import define, refuse_second_derivative
 
@@ -77,6 +78,7 @@ def _backward(
     sm_count: int,
     interpreter: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout = nhwc(dout)
     rows, channels, itemsize = _size(y)
     reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
     dz, tiles = bn_act_grad.bn_act_grad_reduce(
@@ -160,7 +162,6 @@ class _BNAct(torch.autograd.Function):
         y, out, stats, gamma, beta = ctx.saved_tensors
         batch_statistics, _, _, *rest = ctx.settings
         wants = ctx.needs_input_grad[1:5]
-        dout = dout.contiguous(memory_format=torch.channels_last)
         grads = refuse_second_derivative(
             bn_act_backward, dout, y, out, stats, gamma, beta, *wants[:2], batch_statistics, *rest
         )

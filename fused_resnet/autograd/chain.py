@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..launch.nhwc import nhwc
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
@@ -153,6 +154,7 @@ def _chain_backward(
     decoded = decode(plan)
     assert decoded.problem is not None
     assert out is not None or not decoded.reads_out
+    dout = nhwc(dout)
     slots = _slots(decoded.problem)
     parameters = [weight for weight in (weights[slot] for slot in slots) if weight is not None]
     layers = [
@@ -243,7 +245,6 @@ class _Chain(torch.autograd.Function):
         for i in range(SLOTS):
             first = 6 + len(FIELDS) * i
             needs += [wants[first], wants[first + 1] or wants[first + 2]]
-        dout = dout.contiguous(memory_format=torch.channels_last)
         dx, dresidual, *flat = refuse_second_derivative(
             chain_backward,
             ctx.plan,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..launch import bn_act_grad, stem_pool
+from ..launch.nhwc import nhwc
 from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
 from .layer import Layer, Passes, finalize, frozen_stats, operands
@@ -81,7 +82,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     decoded = decode(plan)
     assert decoded.problem is not None
-    conv = decoded.convs[0]
+    conv, dout = decoded.convs[0], nhwc(dout)
     rows = conv.problem.M
     config = window_config(y.shape[1], interpreter=decoded.interpreter)
     tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, config)
@@ -166,7 +167,6 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wants = ctx.needs_input_grad[3:7]
-        dout = dout.contiguous(memory_format=torch.channels_last)
         grads = refuse_second_derivative(stem_backward, ctx.plan, wants[0], wants[1], dout, *ctx.saved_tensors)
         wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
         return None, None, None, *wanted, None, None, None

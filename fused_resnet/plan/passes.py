@@ -80,6 +80,14 @@ def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> Pas
     return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (16 * WARP), 8)))
 
 
+def transpose_config(pixels: int, channels: int, *, interpreter: bool = False) -> PassConfig:
+    """A transposition by tiles: two cache lines of 16-bit values both ways, where the sizes give so many."""
+    block_m, block_c = next_power_of_2(pixels), next_power_of_2(channels)
+    if interpreter:
+        return PassConfig(min(block_m, 1024), min(block_c, 512), num_warps=INTERPRETER_WARPS)
+    return PassConfig(min(block_m, 64), min(block_c, 64))
+
+
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
