@@ -8,7 +8,7 @@ from fused_resnet.launch.gram import gram, gram_backward, gram_finalize
 from fused_resnet.plan.config import GemmConfig
 
 SMALL = GemmConfig(16, 16, 16, num_warps=4, split=3)
-EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5}
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 EPS = 1e-5
 
 

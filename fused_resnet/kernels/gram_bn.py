@@ -26,6 +26,22 @@ from .bn_stats import store_stats, update_running
 
 
 @triton.jit
+def dot_parts(left, right, acc, LEFT: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left right, where ``left`` is a weight as stored (of dtype ``LEFT``) and ``right`` has the dtype ``ACC``.
+
+    ``PARTS``: for a bfloat16 ``left``, into how many bfloat16 terms of 8 bits ``right`` is split. Three are all of a
+    float32, and three such products take half as long as three in tf32.
+    """
+    if PARTS == 0:
+        return tl.dot(left.to(ACC), right, acc, input_precision=PRECISION, out_dtype=ACC)
+    for _ in tl.static_range(PARTS):
+        part = right.to(LEFT)
+        acc = tl.dot(left.to(LEFT), part, acc, out_dtype=ACC)
+        right -= part.to(ACC)
+    return acc
+
+
+@triton.jit
 def gram_finalize_kernel(
     g_ptr,
     c_ptr,
@@ -50,7 +66,9 @@ def gram_finalize_kernel(
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -60,21 +78,22 @@ def gram_finalize_kernel(
     left, as float64 would.
     """
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_p = tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
     mask_q = offs_q < Q
     rows_q = offs_q.to(tl.int64)[:, None] * P
 
     mean = tl.zeros((BLOCK_Q,), dtype=ACC)
     var = tl.zeros((BLOCK_Q,), dtype=ACC)
-    for start_j in range(0, P, BLOCK_P):
-        offs_j = start_j + offs_p
+    for start_j in range(0, P, BLOCK_N):
+        offs_j = start_j + offs_n
         mask_j = offs_j < P
         exact = tl.load(c_ptr + offs_j, mask=mask_j, other=0.0).to(tl.float64) * inverse_rows
         m_j = exact.to(ACC)
         rest_j = (exact - m_j.to(tl.float64)).to(ACC)
-        acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=ACC)
-        for start_i in range(0, P, BLOCK_P):
-            offs_i = start_i + offs_p
+        acc = tl.zeros((BLOCK_Q, BLOCK_N), dtype=ACC)
+        for start_i in range(0, P, BLOCK_K):
+            offs_i = start_i + offs_k
             mask_i = offs_i < P
             c_i = tl.load(c_ptr + offs_i, mask=mask_i, other=0.0)
             mask_g = mask_i[:, None] & mask_j[None, :]
@@ -82,7 +101,7 @@ def gram_finalize_kernel(
             spread = tl.fma(-c_i[:, None], m_j[None, :], g)
             spread = tl.fma(-c_i[:, None], rest_j[None, :], spread)
             w = tl.load(w_ptr + rows_q + offs_i[None, :], mask=mask_q[:, None] & mask_i[None, :], other=0.0)
-            acc = tl.dot(w.to(ACC), spread, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            acc = dot_parts(w, spread, acc, w_ptr.dtype.element_ty, PARTS, ACC, INPUT_PRECISION)
         acc = (acc * inverse_rows).to(ACC)
         mask = mask_q[:, None] & mask_j[None, :]
         w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
@@ -197,10 +216,11 @@ def gram_product_kernel(
     ALL_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of P = Wᵀ(B∘W), rounded."""
+    """One tile of P = Wᵀ(B∘W), rounded. ``PARTS``: two are twice the bits that a bfloat16 P keeps."""
     tiles = tl.cdiv(P, BLOCK_N)
     offs_i = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,7 +241,7 @@ def gram_product_kernel(
         )
         b = tl.load(b_ptr + rows, mask=mask_k, other=0.0)
         scaled = b[:, None] * right.to(ACC)
-        acc = tl.dot(tl.trans(left.to(ACC)), scaled, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = dot_parts(tl.trans(left), scaled, acc, w_ptr.dtype.element_ty, PARTS, ACC, INPUT_PRECISION)
     if SCALED:
         all_q = tl.arange(0, ALL_Q)
         bound = tl.sum(tl.load(bound_ptr + all_q, mask=all_q < Q, other=0.0), axis=0)

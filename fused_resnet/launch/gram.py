@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from ..kernels.gram import gram_kernel, gram_reduce_kernel
-from ..plan.config import GemmConfig, PassConfig
-from ..plan.gram import FLUSH_ROWS, gram_tiles
+from ..plan.config import GemmConfig
+from ..plan.gram import FLUSH_ROWS, gram_reduce_config, gram_tiles
 from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
 from .check import accumulation_dtype, require_nhwc, require_rows
 from .gram_bn import GramGrads, gram_backward, gram_finalize, product_precision, triton_dtype
@@ -75,8 +74,7 @@ def gram(
     )
     g = torch.empty((channels, channels), dtype=dtype, device=x.device)
     c = torch.empty((channels,), dtype=dtype, device=x.device)
-    block_s = min(32, triton.next_power_of_2(split))
-    reduce = PassConfig(block_m=block_s, block_c=2048 // block_s)
+    reduce = gram_reduce_config(split)
     launch(
         gram_reduce_kernel,
         (ceil_div(elements, reduce.block_c),),

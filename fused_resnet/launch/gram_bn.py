@@ -59,7 +59,8 @@ def gram_finalize(
     _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     v = torch.empty((q, p), dtype=g.dtype, device=g.device)
     m = torch.empty((p,), dtype=g.dtype, device=g.device)
-    config = gram_finalize_config(p, interpreter=g.device.type == "cpu")
+    parts = 3 if weight.dtype == torch.bfloat16 else 0
+    config = gram_finalize_config(p, parts=parts, interpreter=g.device.type == "cpu")
     running = [t for t in (running_mean, running_var) if t is not None]
     launch(
         gram_finalize_kernel,
@@ -91,7 +92,9 @@ def gram_finalize(
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
         BLOCK_Q=config.block_m,
-        BLOCK_P=config.block_n,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PARTS=parts,
         ACC=triton_dtype(g),
         INPUT_PRECISION=product_precision(g.device),
     )
@@ -183,6 +186,7 @@ def gram_backward(
         ALL_Q=all_q,
         BLOCK_N=product_config.block_n,
         BLOCK_K=product_config.block_k,
+        PARTS=2 if weight.dtype == torch.bfloat16 else 0,
         INPUT_PRECISION=product_precision(device),
         **common,
     )

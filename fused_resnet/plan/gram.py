@@ -40,12 +40,16 @@ def gram_config(
     return GemmConfig(block_n, block_n, block_k, num_warps=warps, num_stages=stages, split=max(1, split))
 
 
-def gram_finalize_config(p: int, *, interpreter: bool = False) -> GemmConfig:
-    """V = W Cov: ``block_m`` output channels a program, so that few channels still make many programs."""
+def gram_finalize_config(p: int, *, parts: int = 0, interpreter: bool = False) -> GemmConfig:
+    """V = W Cov: few output channels a program, for many programs; rows of Cov as wide as registers allow.
+
+    ``parts``: bfloat16 products, which need fewer of them.
+    """
     if interpreter:
-        return GemmConfig(64, min(max(next_power_of_2(p), 16), 64), 0)
-    block_p = min(max(next_power_of_2(p), 16), 64)
-    return GemmConfig(16, block_p, block_p, num_warps=8, num_stages=2)
+        block_n = min(max(next_power_of_2(p), 16), 64)
+        return GemmConfig(64, block_n, block_n)
+    block_n = min(max(next_power_of_2(p), 16), 256 if parts else 128)
+    return GemmConfig(16, block_n, min(8192 // block_n, block_n, 64), num_warps=8, num_stages=3)
 
 
 def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:
@@ -56,8 +60,16 @@ def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:
 
 def gram_product_config(p: int, *, interpreter: bool = False) -> GemmConfig:
     """P = Wᵀ(B∘W): small tiles, whose number is all the parallelism there is."""
-    block_n = 64 if interpreter else 32
-    return GemmConfig(block_n, block_n, 64, num_warps=4, num_stages=3)
+    if interpreter:
+        return GemmConfig(64, 64, 64)
+    return GemmConfig(32, 32, 64, num_warps=4, num_stages=4)
+
+
+def gram_reduce_config(split: int) -> PassConfig:
+    """The sum over the Gram matrix's parts: ``block_m`` of them at once, most often all, ``block_c`` elements each."""
+    block_m = min(next_power_of_2(split), 512)
+    block_c = max(16, 2048 // block_m)
+    return PassConfig(block_m, block_c, num_warps=max(4, block_m * block_c // 1024))
 
 
 def gram_bias_config(p: int, *, interpreter: bool = False) -> PassConfig:
