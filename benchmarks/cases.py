@@ -319,7 +319,7 @@ class ConvCase:
     def _ends(self, t: Tensors) -> tuple[Tensors, Any]:
         n = self.problem.N
         part = list(range(n)) if n <= 2 * SAMPLE else [*range(SAMPLE), *range(n - SAMPLE, n)]
-        per_image = ("x", "dy", "y", "mask_input", "residual", "shortcut")
+        per_image = ("x", "dy", "y", "mask_input", "residual", "shortcut", "block_input")
         return {name: v[part].contiguous(memory_format=torch.channels_last) if name in per_image else v
                 for name, v in t.items()}, part  # fmt: skip
 

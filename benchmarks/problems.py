@@ -19,6 +19,8 @@ class Layer:
     problem: ConvProblem
     role: str
     count: int
+    bottleneck: bool = False
+    """Whether its blocks are bottlenecks."""
 
     @property
     def name(self) -> str:
@@ -31,7 +33,7 @@ def layers(depth: int, batch: int = 256, size: int = 224, width: int = 64, dtype
     found: Counter[tuple[ConvProblem, str]] = Counter()
     for problem, role in _walk(depth, batch, size, width, dtype):
         found[problem, role] += 1
-    return [Layer(problem, role, count) for (problem, role), count in found.items()]
+    return [Layer(problem, role, count, depth >= 50) for (problem, role), count in found.items()]
 
 
 def _walk(depth: int, batch: int, size: int, width: int, dtype: str) -> Iterator[tuple[ConvProblem, str]]:

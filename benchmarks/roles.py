@@ -10,6 +10,7 @@ from fused_resnet.plan.tables import KINDS
 
 from . import problems
 from .cases import ConvCase
+from .projections import projection_cases
 
 
 def cases(layer: problems.Layer, kinds: tuple[str, ...] = KINDS) -> list[ConvCase]:
@@ -40,4 +41,6 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = KINDS) -> list[ConvCas
             ConvCase(p, "gram", role, affine=True, gram=True),
         )
         found += [case for case in grams if case.kind in kinds]
+    if role == "projection" and layer.bottleneck and p.Ci <= MOST_GRAM_WIDTH:
+        found += [case for case in projection_cases(p) if case.kind in kinds]
     return found

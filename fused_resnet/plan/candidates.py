@@ -86,6 +86,14 @@ WGRAD_ROW = (
     (128, 128, 64, 8, 3, 1), (64, 64, 32, 4, 4, 3), (64, 64, 64, 4, 4, 3),
 )  # fmt: skip
 
+# fprop with a projection as its second product: two accumulators live at once in the second loop.
+FPROP_PROJECTION = (
+    Tile(64, 128, 64, 4, 2), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 8, 3, T), Tile(64, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 2), Tile(64, 64, 64, 4, 3, maxnreg=128), Tile(64, 64, 64, 4, 3, T), Tile(64, 128, 64, 4, 3, T),
+    Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 2, T), Tile(64, 256, 64, 8, 2),
+    Tile(64, 128, 32, 4, 4), Tile(128, 64, 64, 4, 3, T),
+)  # fmt: skip
+
 GRAM_DGRAD = (
     Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3),
     Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 6, maxnreg=128), Tile(128, 64, 32, 4, 6),
@@ -123,6 +131,17 @@ def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int =
         )
     found = dict.fromkeys([default, *proposed])
     return [config for config in found if supports(problem, kind, target, config, formed=True)[0]][:most]
+
+
+def projection_candidates(problem: ConvProblem, target: Target, most: int = MOST) -> list[GemmConfig]:
+    """Of the Gram route's fprop of ``problem`` which a projection joins, the planner's default first."""
+    tiles = (
+        GemmConfig(m, n, k, warps, stages, 1, maxnreg, transposed)
+        for m, n, k, warps, stages, transposed, maxnreg, _ in FPROP_PROJECTION
+        if n <= max(problem.Co, 32)
+    )
+    found = dict.fromkeys([default_config(problem, "fprop", target), *tiles])
+    return [config for config in found if supports(problem, "fprop", target, config)[0]][:most]
 
 
 def _gram(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:

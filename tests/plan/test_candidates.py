@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import problems
-from fused_resnet.plan.candidates import MOST, candidates
+from fused_resnet.plan.candidates import MOST, candidates, projection_candidates
 from fused_resnet.plan.config import supports
 from fused_resnet.plan.planner import default_config
 from fused_resnet.plan.target import H100
@@ -26,6 +26,15 @@ def test_every_layer_has_some_and_each_is_supported(depth: int) -> None:
             assert found[0] == default_config(layer.problem, kind, H100)
             assert all(supports(layer.problem, kind, H100, config)[0] for config in found)
             assert all(config.split == 1 for config in found) or kind == "wgrad"
+
+
+def test_a_product_that_a_projection_joins_has_some() -> None:
+    for layer in problems.layers(50)[1:]:
+        if layer.role == "conv3":
+            found = projection_candidates(layer.problem, H100)
+            assert 4 <= len(found) == len(set(found)) <= MOST
+            assert found[0] == default_config(layer.problem, "fprop", H100)
+            assert all(supports(layer.problem, "fprop", H100, config)[0] for config in found)
 
 
 def test_the_stem_s_take_whole_runs() -> None:

@@ -16,7 +16,9 @@ from benchmarks import bench_step as step_file
 from benchmarks import harness, measured, networks, passes, problems, report
 from benchmarks.cases import ConvCase
 from benchmarks.device import ROOT, DryDevice
+from benchmarks.projections import projection_cases
 from benchmarks.roles import cases
+from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import INTERPRETER
 
 
@@ -38,6 +40,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = [case for layer in problems.layers(50, 2, 32, 8, "float32")[1:4] for case in cases(layer)]
+CASES += projection_cases(ConvProblem(2, 7, 6, 16, 32, stride=(2, 2), dtype="float32"))
 
 
 @pytest.mark.usefixtures("interpreted")
