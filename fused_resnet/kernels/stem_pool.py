@@ -21,6 +21,18 @@ from .common import affine, relu, relu_grad
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """``value`` after rounding to ``dtype``.
+
+    bfloat16 is widened by a shift: a plain cast would let the compiler compare in bfloat16, at twice the instructions.
+    """
+    narrow = value.to(dtype)
+    if dtype == tl.bfloat16:
+        return (narrow.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return narrow.to(value.dtype)
+
+
+@triton.jit
 def stem_pool_kernel(
     y_ptr,
     stats_ptr,
@@ -44,37 +56,38 @@ def stem_pool_kernel(
     scale = tl.load(stats_ptr + 2 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
     shift = tl.load(stats_ptr + 3 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
 
-    # A tap outside the image reads its nearest neighbour inside, which is in the window too and so moves no maximum.
-    # That keeps the taps free of masks, which would cost more than the arithmetic; the index is put right at the end.
+    # A tap outside the image stands for its nearest neighbour inside, which is in the window too and so moves no maximum.
+    # That keeps the taps free of masks, which would cost more than the arithmetic.
     row = tl.minimum(offs_m, M - 1)
     h = row // Q % P * 2 - 1
     w = row % Q * 2 - 1
     image = (row // (P * Q)).to(tl.int64) * H
     for r in tl.static_range(3):
-        line = (image + tl.minimum(tl.maximum(h + r, 0), H - 1)) * W
+        inside_h = tl.minimum(tl.maximum(h + r, 0), H - 1)
+        line = (image + inside_h) * W
         for s in tl.static_range(3):
-            pixel = line + tl.minimum(tl.maximum(w + s, 0), W - 1)
+            inside_w = tl.minimum(tl.maximum(w + s, 0), W - 1)
+            pixel = line + inside_w
+            tap = ((inside_h - h) * 3 + inside_w - w)[:, None]
             y = tl.load(y_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask_c, other=0.0).to(ACC)
-            value = affine(y, scale, shift).to(y_ptr.dtype.element_ty).to(ACC)
+            exact = affine(y, scale, shift)
+            value = rounded(exact, y_ptr.dtype.element_ty)
             if r + s == 0:
                 best = value
-                index = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+                first = tap
+                index = tl.broadcast_to(tap, (BLOCK_M, BLOCK_C))
             else:
-                wins = (value > best) | (value != value)
+                wins = (value > best) | (exact != exact)
                 best = tl.where(wins, value, best)
-                index = tl.where(wins, r * 3 + s, index)
+                index = tl.where(wins, tap, index)
 
     # The maximum was taken before ReLU: the same tap wins where it is positive; elsewhere all taps are equal, to zero.
-    index = tl.where(best <= 0, 0, index)
-    tap_r = index // 3
-    tap_s = index - tap_r * 3
-    tap_r = tl.minimum(tl.maximum(tap_r, tl.where(h < 0, 1, 0)[:, None]), tl.where(h + 2 < H, 2, 1)[:, None])
-    tap_s = tl.minimum(tl.maximum(tap_s, tl.where(w < 0, 1, 0)[:, None]), tl.where(w + 2 < W, 2, 1)[:, None])
+    index = tl.where(best <= 0, first, index)
 
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
     mask = mask_m[:, None] & mask_c
     tl.store(out_ptr + offs, relu(best).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(index_ptr + offs, (tap_r * 3 + tap_s).to(tl.uint8), mask=mask)
+    tl.store(index_ptr + offs, index.to(tl.uint8), mask=mask)
 
 
 @triton.jit
