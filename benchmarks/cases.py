@@ -62,7 +62,7 @@ class ConvCase:
     masked: bool = False
     """The Gram route's wgrad forms dz from the gradient above the ReLU, writes and sums it."""
     formed: bool = False
-    """dy was formed by a pass before."""
+    """dy was formed by a pass before; of the Gram route's fprop, its input by the Gram kernel."""
 
     def candidates(self, target: Target) -> list[GemmConfig]:
         """Configurations worth measuring, the planner's default first."""
@@ -127,7 +127,7 @@ class ConvCase:
             t["affine"] = tensors.channels(2, p.Ci, device, acc) - torch.tensor(
                 [[0.0], [1.0]], device=device, dtype=acc
             )
-        if self.coeffs or self.formed:
+        if self.coeffs or (self.formed and not self.gram):
             t["y"] = image(p.Co, p.P, p.Q)
             t["coeffs"] = tensors.channels(3, p.Co, device, acc)
             t["coeffs"][1:] = torch.randn_like(t["coeffs"][1:]) * torch.tensor(
@@ -180,7 +180,9 @@ class ConvCase:
     @property
     def before_share(self) -> float:
         """Which part of the pass before it is its own: both gradients read the same dy."""
-        return 0.5 if self.formed else float(self.gram and self.kind == "wgrad" and not self.masked)
+        if self.formed:
+            return 0.0 if self.gram else 0.5
+        return float(self.gram and self.kind == "wgrad" and not self.masked)
 
     def before(self, t: Tensors, sm_count: int) -> None:
         """The pass that ours needs before it, where ``before_share`` is not 0: dy, or dz and its sums."""

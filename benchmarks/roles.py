@@ -35,6 +35,7 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = KINDS) -> list[ConvCas
         wgrad = ConvCase(p, "wgrad", role, affine=True, gram=True)
         grams = (
             ConvCase(p, "fprop", role, affine=True, gram=True),
+            ConvCase(p, "fprop", role, formed=True, gram=True),
             ConvCase(p, "dgrad", role, stats=True, gram=True),
             wgrad,
             replace(wgrad, masked=True),

@@ -162,6 +162,14 @@ def projects_staged(text: str) -> str:
     return text if plan.gram is None else replace(plan, gram=replace(plan.gram, projection=None)).encode()
 
 
+def stores_a(text: str) -> str:
+    """The encoded plan whose Gram kernel writes its input as it formed it, or one that does not."""
+    plan = decode(text)
+    return (
+        text if plan.gram is None else replace(plan, gram=replace(plan.gram, stores_a=not plan.gram.stores_a)).encode()
+    )
+
+
 @contextmanager
 def editing(edit: Callable[[str], str]) -> Iterator[None]:
     """Plans made inside are edited: they take what a GPU's measurements may choose."""

@@ -218,12 +218,14 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         return
     x, w, out = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
     row, counter, affine = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta"), _rows(2, p.Ci)
-    g, c = gram.gram(x, affine, plan.gram)
+    g, c, _ = gram.gram(x, affine, plan.gram)
+    gram.gram(x, affine, plan.gram, store_a=True)
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
-        conv_fprop(x, w, p, plan.fprop, input_affine=affine, output_affine=stats[2:], relu=True, **shortcut)
+        for prologue in (affine, None):
+            conv_fprop(x, w, p, plan.fprop, input_affine=prologue, output_affine=stats[2:], relu=True, **shortcut)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
     for mask in (out, torch.empty((p.M, -(-p.Co // 8)), dtype=torch.uint8, device="meta")):
         gram_wgrad(out, mask, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=True)
@@ -252,7 +254,9 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)
     for config in dict.fromkeys([plan.fprop, planner.default_config(last, "fprop", target)]):
-        conv_fprop(of_y, weight, last, config, input_affine=affine, output_affine=wide, projection=joining, relu=True)
+        for prologue in (affine, None):
+            more = {"output_affine": wide, "projection": joining, "relu": True}
+            conv_fprop(of_y, weight, last, config, input_affine=prologue, **more)
     conv_wgrad(x, dz, p, plan.projection.wgrad, out_dtype=torch.float32)
     aw, products = (
         torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),

@@ -104,6 +104,11 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
     nbytes = sum(entry.bytes for entry in launches) or case.bytes
     flops = sum(entry.flops for entry in launches) or case.problem.flops
     facts = context.document["facts"]
+    before = round(case.before_share * timings["before"].us, 2) if case.before_share else None
+    if case.gram and case.formed:  # what writing the operand adds to the kernel before, which is bound by memory
+        before = round(
+            case.problem.M * case.problem.Ci * case.dtype.itemsize / context.ceilings["bytes_per_s"] * 1e6, 2
+        )
     return {
         "config": None if best is None else best.to_dict(),
         "us": None if best is None else round(timings[str(best)].us, 2),
@@ -111,7 +116,7 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
         "vendor_us": None if case.gram else round(timings["vendor"].us, 2),
         "passes_us": round(case.passes_bytes() / (0.9 * context.ceilings["bytes_per_s"]) * 1e6, 2),
         "floor_us": round(floor_us(context.ceilings, nbytes, flops), 2),
-        "before_us": round(case.before_share * timings["before"].us, 2) if case.before_share else None,
+        "before_us": before,
         "source": f"{str(facts.get('date', ''))[:10]}, {facts.get('commit')}, triton {facts.get('triton')}",
     }
 

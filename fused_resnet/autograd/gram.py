@@ -55,20 +55,21 @@ def forward(
     """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
-    kept = _statistics(layer, problem.M, *gram(y, y_stats[2:], plan.gram.gram))
+    *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a)
+    kept = _statistics(layer, problem.M, *products)
     projection, kept_projection = None, None
     if plan.gram.projection is not None:
         assert plan.projection is not None
         projected = plan.projection.problem
-        products = gram(x, None, plan.gram.projection.gram, stride=projected.stride)
+        *products, _ = gram(x, None, plan.gram.projection.gram, stride=projected.stride)
         kept_projection = _statistics(projection_layer, projected.M, *products)
         projection = Projection(x, projection_layer.weight, projected, kept_projection.stats[2:])
     out, _ = conv_fprop(
-        y,
+        y if a is None else a,
         weight,
         problem,
         plan.gram.fprop,
-        input_affine=y_stats[2:],
+        input_affine=y_stats[2:] if a is None else None,
         output_affine=kept.stats[2:],
         residual=residual,
         residual_affine=None if residual_stats is None else residual_stats[2:],

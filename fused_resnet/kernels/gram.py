@@ -4,7 +4,7 @@ a [M, p] = relu(x * scale + shift), formed on load and rounded to x's dtype; c s
 products see. Batch statistics of y = a Wᵀ follow from G and c before y exists (gram_bn.py). Without the prologue a is
 x itself, or the pixels of it that a strided filter samples: row m = (n*I + i)*J + j is pixel (n, i*stride, j*stride).
 
-    gram_kernel           x [M, p] (of [N, H, W, p]) -> partials [split, upper tiles of G, then c]
+    gram_kernel           x [M, p] (of [N, H, W, p]) -> partials [split, upper tiles of G, then c]; on request a [M, p]
     gram_reduce_kernel    their sum, in a fixed order, mirrored
 """
 
@@ -44,6 +44,7 @@ def gram_kernel(
     x_ptr,
     affine_ptr,
     partial_ptr,
+    a_ptr,
     M,
     C,
     H,
@@ -57,6 +58,7 @@ def gram_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
+    STORE_A: tl.constexpr,
     EVEN_K: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,6 +101,11 @@ def gram_kernel(
             scale_i = tl.load(affine_ptr + offs_i, mask=mask_i, other=0.0)
             shift_i = tl.load(affine_ptr + C + offs_i, mask=mask_i, other=0.0)
 
+    a_base = a_ptr
+    if STORE_A:  # by the programs of the diagonal
+        a_base += row_start.to(tl.int64) * C
+        mask_a = mask_j & (row_tile == column_tile)
+
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     sums = tl.zeros((LANES, BLOCK_N), dtype=ACC)  # in two dimensions: reduced across threads once, not at every step
@@ -120,6 +127,9 @@ def gram_kernel(
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
+        if STORE_A:
+            tl.store(a_base + offs_k[:, None] * C + offs_j[None, :], a_j, mask=mask_k[:, None] & mask_a[None, :])
+            a_base += BLOCK_K * C
         if not SAMPLES:
             base += BLOCK_K * C
     total += acc

@@ -16,13 +16,18 @@ __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]
 
 
 def gram(
-    x: torch.Tensor, input_affine: torch.Tensor | None, config: GemmConfig, *, stride: tuple[int, int] = (1, 1)
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """G = aᵀa [p, p] and c = the column sums of a [p], of a = relu(x * scale + shift) rounded to ``x``'s dtype.
+    x: torch.Tensor,
+    input_affine: torch.Tensor | None,
+    config: GemmConfig,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    store_a: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(G = aᵀa [p, p], c = the column sums of a [p], a if ``store_a``): a = relu(x * scale + shift), in x's dtype.
 
     ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x.
-    ``stride``: of the pixels, those alone that a 1x1 convolution with it samples. Results have the accumulation dtype
-    and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
+    ``stride``: of the pixels, those alone that a 1x1 convolution with it samples (none of them is stored). G and c have
+    the accumulation dtype and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
     """
     require_nhwc(x, "x")
     N, channels, H, W = x.shape
@@ -34,6 +39,9 @@ def gram(
         raise ValueError(f"gram takes square tiles, got {config.block_m} x {config.block_n}")
     if rows * channels == 0 or N * H * W >= 2**31:
         raise ValueError(f"gram takes between 1 and 2^31 - 1 rows, got shape {tuple(x.shape)}")
+    if store_a and stride != (1, 1):
+        raise ValueError(f"store_a goes with stride 1, got {stride}")
+    a = torch.empty_like(x, memory_format=torch.channels_last) if store_a else None
     dtype = accumulation_dtype(x.dtype)
     steps = ceil_div(ceil_div(rows, config.block_k), config.split)
     split = ceil_div(rows, steps * config.block_k)
@@ -45,13 +53,14 @@ def gram(
     launch(
         gram_kernel,
         (tiles, split),
-        touched=(rows * channels * x.element_size(), input_affine, partial),
+        touched=(rows * channels * x.element_size(), input_affine, partial, a),
         flops=2 * rows * tiles * config.block_n**2,
         config=config,
         device=x.device,
         x_ptr=x,
         affine_ptr=input_affine,
         partial_ptr=partial,
+        a_ptr=a,
         M=rows,
         C=channels,
         H=H,
@@ -65,6 +74,7 @@ def gram(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         HAS_AFFINE=input_affine is not None,
+        STORE_A=store_a,
         EVEN_K=rows % config.block_k == 0,
         LANES=min(config.block_k, max(1, lanes)),
         BLOCK_N=config.block_n,
@@ -94,4 +104,4 @@ def gram(
         BLOCK_E=reduce.block_c,
         ACC=acc,
     )
-    return g, c
+    return g, c, a

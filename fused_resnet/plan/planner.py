@@ -92,7 +92,8 @@ def _most_width(route: str) -> int:
 
 
 def _gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None = None) -> GramPlan:
-    fprop = "fprop+in+gram" if projection is None else "fprop+in+gram2"
+    stores_a = _stores_a(last, target, joined=projection is not None)
+    fprop = _fprop_name(stores_a, joined=projection is not None)
     return GramPlan(
         gram=_measured(last, "gram", target, _gram_config(last, target)),
         fprop=_measured(last, fprop, target, default_config(last, "fprop", target)),
@@ -100,7 +101,24 @@ def _gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None
         masked_wgrad=_masked_wgrad(last, target),
         dgrad=_measured(last, "dgrad+gram", target, _gram_dgrad_config(last, target)),
         projection=None if projection is None else _gram_projection(projection, target),
+        stores_a=stores_a,
     )
+
+
+LEAST_STORED_WIDTH = 256
+"""From here on so many tiles of output channels read the same input that forming it once is faster."""
+
+
+def _stores_a(last: ConvProblem, target: Target, joined: bool) -> bool:
+    """Whether the Gram kernel writes a. ``joined``: fprop takes a projection as a second product."""
+    formed, on_load = (tables.lookup(last, _fprop_name(stores, joined), target) for stores in (True, False))
+    if formed is not None and formed.whole_us is not None and on_load is not None and on_load.us is not None:
+        return formed.whole_us < on_load.us
+    return last.Ci >= LEAST_STORED_WIDTH
+
+
+def _fprop_name(stores_a: bool, joined: bool) -> str:
+    return tables.pass_name("fprop", prologue=not stores_a, gram=not joined, gram2=joined, formed=stores_a)
 
 
 def _gram_projection(projection: ConvProblem, target: Target) -> GramProjection:

@@ -59,6 +59,8 @@ class GramPlan:
     dgrad: GemmConfig
     projection: GramProjection | None = None
     """None where there is none, or where it is staged."""
+    stores_a: bool = False
+    """The Gram kernel writes the input as it formed it, for fprop to read; else fprop forms it again on load."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _conv_plan(fields: dict[str, Any]) -> ConvPlan:
 
 
 def _configs(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: config and GemmConfig(**config) for name, config in fields.items()}
+    return {name: GemmConfig(**value) if isinstance(value, dict) else value for name, value in fields.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -95,7 +95,7 @@ def pass_name(
 ) -> str:
     """``kind`` of KINDS; ``"+in"`` where an operand is formed on load, ``"+out"`` where it masks, reduces or takes
     statistics, ``"+gram"`` where it is the Gram route's, ``"+gram2"`` that of a projection (fprop: of the convolution
-    that it joins as a second product), ``"+formed"`` where a pass before it formed dy."""
+    that it joins as a second product), ``"+formed"`` where a kernel before it formed its operand."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
     flags = {"in": prologue, "out": epilogue, "gram": gram, "gram2": gram2, "formed": formed}

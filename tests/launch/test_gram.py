@@ -34,7 +34,7 @@ SIZES = [((2, 5, 7), 20, 80), ((2, 4, 4), 16, 64), ((3, 6, 6), 64, 256), ((2, 3,
 @pytest.mark.parametrize(("size", "p", "q"), SIZES, ids=str)
 def test_gram_is_the_product_of_the_rounded_input(size, p, q, dtype, device):
     case = make_case(size, p, q, dtype, device)
-    g, c = gram(case.x, case.input_affine, SMALL)
+    g, c, _ = gram(case.x, case.input_affine, SMALL)
     a = matrix(case.a)
     assert g.dtype == c.dtype == accumulation(dtype)
     assert relative(g, a.T @ a) < EXACT[dtype] and relative(c, a.sum(0)) < EXACT[dtype]
@@ -44,14 +44,14 @@ def test_gram_is_the_product_of_the_rounded_input(size, p, q, dtype, device):
 @pytest.mark.parametrize("config", [GemmConfig(32, 32, 16, split=1), GemmConfig(16, 16, 32, split=64)], ids=str)
 def test_gram_without_prologue(config, device):
     x = nhwc(2, 40, 7, 9, device=device)
-    g, c = gram(x, None, config)
+    g, c, _ = gram(x, None, config)
     a = matrix(x)
     assert relative(g, a.T @ a) < 1e-14 and relative(c, a.sum(0)) < 1e-13
 
 
 def test_gram_over_several_runs_of_the_accumulator(device):
     case = make_case((3, 20, 21), 20, 8, torch.float32, device)
-    g, c = gram(case.x, case.input_affine, GemmConfig(16, 16, 64, split=1))
+    g, c, _ = gram(case.x, case.input_affine, GemmConfig(16, 16, 64, split=1))
     a = matrix(case.a)
     assert relative(g, a.T @ a) < 1e-6 and relative(c, a.sum(0)) < 1e-6
 
@@ -60,7 +60,20 @@ def test_gram_is_reproducible(device):
     case = make_case((2, 9, 9), 33, 8, torch.float32, device)
     first = gram(case.x, case.input_affine, SMALL)
     for again in (gram(case.x, case.input_affine, SMALL) for _ in range(2)):
-        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(first[:2], again[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [33, 48, 16], ids=str)
+def test_gram_writes_what_it_formed(p, dtype, device):
+    """Several tiles, the last ones partly empty: every element once, and the products as without."""
+    case = make_case((2, 9, 9), p, 8, dtype, device)
+    g, c, a = gram(case.x, case.input_affine, SMALL, store_a=True)
+    without = gram(case.x, case.input_affine, SMALL)
+    assert torch.equal(a, case.a) and a.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(g, without[0]) and torch.equal(c, without[1]) and without[2] is None
+    with pytest.raises(ValueError, match="store_a goes with stride 1"):
+        gram(case.x, None, SMALL, stride=(2, 2), store_a=True)
 
 
 @pytest.mark.quick
@@ -97,7 +110,7 @@ def test_running_statistics_are_those_of_batch_norm(momentum, dtype, device):
 
 def test_without_parameters_and_one_row(device):
     case = make_case((1, 1, 1), 20, 24, torch.float32, device)
-    g, c = gram(case.x, case.input_affine, SMALL)
+    g, c, _ = gram(case.x, case.input_affine, SMALL)
     running_var = torch.zeros(24, device=device)
     arguments = {"gamma": None, "beta": None, "running_mean": None, "running_var": running_var}
     stats, v, _ = gram_finalize(g, c, 1, case.weight, momentum=1.0, eps=EPS, **arguments)
@@ -208,7 +221,7 @@ def test_meta_tensors_are_recorded_alone():
     weight = torch.empty((256, 64, 1, 1), device="meta", dtype=torch.bfloat16)
     none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
     with record_launches() as launches:
-        g, c = gram(x, torch.empty((2, 64), device="meta"), gram_config(70, 64))
+        g, c, _ = gram(x, torch.empty((2, 64), device="meta"), gram_config(70, 64))
         stats, v, m = gram_finalize(g, c, 70, weight, momentum=0.1, eps=EPS, **none)
         t = torch.empty((256, 64, 1, 1), device="meta")
         out = gram_backward(t, v, m, stats, weight, stats[0], 70, out_dtype=torch.bfloat16)
@@ -229,7 +242,7 @@ def test_errors(device):
     with pytest.raises(ValueError, match="rows"):
         gram(x[:0], None, SMALL)
     case = make_case((2, 3, 3), 20, 8, torch.float64, device)
-    g, c = gram(x, None, SMALL)
+    g, c, _ = gram(x, None, SMALL)
     arguments = {"beta": None, "running_mean": None, "running_var": None, "momentum": 0.1, "eps": EPS}
     with pytest.raises(ValueError, match="gamma must have shape"):
         gram_finalize(g, c, 18, case.weight, gamma=torch.ones(7, device=device), **arguments)
