@@ -56,8 +56,8 @@ def stem_pool_kernel(
     scale = tl.load(stats_ptr + 2 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
     shift = tl.load(stats_ptr + 3 * C + offs_c, mask=offs_c < C, other=0.0)[None, :]
 
-    # A tap outside the image stands for its nearest neighbour inside, which is in the window too and so moves no maximum.
-    # That keeps the taps free of masks, which would cost more than the arithmetic.
+    # A tap outside the image stands for its nearest neighbour inside, which is in the window too and so moves no
+    # maximum. That keeps the taps free of masks, which would cost more than the arithmetic.
     row = tl.minimum(offs_m, M - 1)
     h = row // Q % P * 2 - 1
     w = row % Q * 2 - 1
