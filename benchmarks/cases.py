@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_resnet.launch import vendor
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.bn_act_grad import bn_act_grad_reduce, bn_grad_apply, bn_grad_finalize
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
@@ -76,7 +77,7 @@ class ConvCase:
         p, itemsize = self.problem, self.dtype.itemsize
         if self.kind == "gram":
             return p.M * p.Ci * itemsize
-        return problems.conv_bytes(p, itemsize) + 2 * p.M * p.Co * itemsize * self.masked
+        return problems.conv_bytes(p, itemsize) + p.M * p.Co * itemsize * self.masked
 
     @property
     def first(self) -> bool:
@@ -142,9 +143,11 @@ class ConvCase:
         if self.gram and self.kind == "wgrad":
             out = image(p.Co, p.P, p.Q)
             t["out"] = out if empty else out.relu_()
+            t["bits"] = tensors.relu_bits(t["out"])
         if self.gram and self.kind == "fprop":
             t["output_affine"] = tensors.channels(2, p.Co, device, acc)
             t["shortcut"] = image(p.Co, p.P, p.Q)
+            t["bits"] = empty_bits(t["shortcut"].shape, t["shortcut"].device)
         if self.gram and self.kind == "dgrad":
             t["products"] = torch.randn((p.Ci, p.Ci), dtype=self.dtype, device=device) * 0.01
             t["bias"] = tensors.channels(1, p.Ci, device, acc)[0] * 0.01
@@ -159,13 +162,15 @@ class ConvCase:
         if self.kind == "gram":
             return gram(t["x"], t["affine"], config)
         if self.masked:
-            found, *tiles = gram_wgrad(t["dy"], t["out"], t["x"], t["affine"], config, store_dz=True)
+            found, *tiles = gram_wgrad(t["dy"], t["bits"], t["x"], t["affine"], config, store_dz=True)
             return found.view(t["w"].shape), tiles
         if self.kind == "dgrad" and self.gram:
             w = t["w"].flatten(1)
             return gram_dgrad(t["dy"], t["mask_input"], w, t["products"], t["bias"], t["mask_stats"], config)
         if self.kind == "fprop":
-            more = {"output_affine": t["output_affine"], "residual": t["shortcut"], "relu": True} if self.gram else {}
+            more = {}
+            if self.gram:
+                more = {name: t[name] for name in ("output_affine", "bits")} | {"residual": t["shortcut"], "relu": True}
             affine = t.get("affine")
             return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=affine, stats=self.stats, **more)
         if self.kind == "dgrad":
@@ -190,7 +195,7 @@ class ConvCase:
         if self.formed:
             bn_grad_apply(t["dy"], t["y"], t["coeffs"], pass_config(*size))
         else:
-            _, sums = bn_act_grad_reduce(t["dy"], None, None, reduce_config(*size), out=t["out"])
+            _, sums = bn_act_grad_reduce(t["dy"], None, None, reduce_config(*size), bits=t["bits"])
             bn_grad_finalize(sums, sums.new_ones(4, self.problem.Co), None, self.problem.M)
 
     def vendor(self, t: Tensors) -> torch.Tensor:

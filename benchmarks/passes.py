@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, stem_pool
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
@@ -23,8 +24,8 @@ KINDS = (
     "bn_act+res",
     "bn_act+proj",
     "bn_act_grad_reduce",
-    "bn_act_grad_reduce+out",
-    "bn_act_grad_reduce+out+proj",
+    "bn_act_grad_reduce+bits",
+    "bn_act_grad_reduce+bits+proj",
     "bn_grad_finalize",
     "bn_grad_apply",
     "stem_pool",
@@ -85,8 +86,11 @@ class PassCase:
             t["residual"] = image()
         if "+proj" in self.kind:
             t["residual_stats"] = stats()
-        if "+out" in self.kind:
+        if "+bits" in self.kind:
             t["out"] = image() if empty else torch.relu(image())
+            t["bits"] = tensors.relu_bits(t["out"])
+        elif self.kind.startswith("bn_act+"):
+            t["bits"] = empty_bits(t["y"].shape, t["y"].device)
         if "grad" in self.kind and "stem" not in self.kind:
             t["dout"] = image()
         if self.kind == "bn_finalize":
@@ -116,9 +120,9 @@ class PassCase:
             affine = {"weight": t["gamma"], "bias": t["beta"], "eps": 1e-5}
             return bn_stats.bn_finalize(t["tiles"], running_mean=mean, running_var=var, momentum=0.1, **affine)
         if kind.startswith("bn_act_grad_reduce"):
-            return bn_act_grad.bn_act_grad_reduce(t["dout"], y, stats, config, out=t.get("out"), **residual)
+            return bn_act_grad.bn_act_grad_reduce(t["dout"], y, stats, config, bits=t.get("bits"), **residual)
         if kind.startswith("bn_act"):
-            return bn_act.bn_act(y, stats, config, **residual)
+            return bn_act.bn_act(y, stats, config, bits=t.get("bits"), **residual)
         if kind == "bn_grad_finalize":
             return bn_act_grad.bn_grad_finalize(t["tiles"], stats, None, self.rows)
         if kind == "bn_grad_apply":
@@ -154,7 +158,11 @@ class PassCase:
                     self._normalised(residual, t["residual_stats"]) if "+proj" in self.kind else residual
                 )
             oracle = torch.relu(oracle)
-            return {"out": errors.judge(result, oracle.to(self.dtype), oracle)}
+            found = {"out": errors.judge(result, oracle.to(self.dtype), oracle)}
+            if "bits" in t:
+                wrong = float((t["bits"] != tensors.relu_bits(result)).sum())
+                found["bits"] = {"rms": wrong, "failed": "E" if wrong else "", "ok": not wrong}
+            return found
         if self.kind == "bn_grad_apply":
             oracle = self._applied(t["dout"].to(high), y, t["coeffs"])
             return {"dy": errors.judge(result, oracle.to(self.dtype), oracle)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fused_resnet.launch.bits import bits_shape
 from fused_resnet.plan.problem import ConvProblem
 
 
@@ -24,3 +25,13 @@ def weight(problem: ConvProblem, device: str, dtype: str | torch.dtype | None = 
 def channels(rows: int, c: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Per-channel numbers near 1, [rows, c]."""
     return 1.0 + 0.2 * torch.randn(rows, c, dtype=dtype, device=device)
+
+
+def relu_bits(out: torch.Tensor) -> torch.Tensor:
+    """Where a ReLU with the output ``out`` [n, c, h, w] lets the gradient through, as the kernels take it."""
+    passed = ~(out <= 0).permute(0, 2, 3, 1).flatten(0, 2)
+    bits = torch.zeros(bits_shape(out.shape), dtype=torch.uint8, device=out.device)
+    for bit in range(8):
+        column = passed[:, bit::8]
+        bits[:, : column.shape[1]] |= column.to(torch.uint8) << bit
+    return bits

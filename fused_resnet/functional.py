@@ -117,7 +117,8 @@ def bn_add_relu(
     _count(bn)
     channels_last = _is_channels_last(y)
     y, residual = _nhwc(y), None if residual is None else _nhwc(residual.to(y.dtype))
-    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter)
+    keeps_mask = relu and residual is not None and _needs_grad(y, residual, bn.weight, bn.bias)
+    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter, keeps_mask)
     out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
@@ -136,7 +137,7 @@ def stem(
     dtype = _compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route)
-    keep = _needs_grad(x, (conv, bn))
+    keep = _needs_grad(x, *_parameters((conv, bn)))
     text, planned, reason = planner.chain_plan_text(
         x.device,
         _dtype_name(dtype),
@@ -202,7 +203,7 @@ def _chain(
         kind,
         relu,
         training.pop(),
-        _needs_grad(x, *everything) or (residual is not None and residual.requires_grad and torch.is_grad_enabled()),
+        _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
@@ -218,7 +219,6 @@ def _chain(
         text,
         tuple(_momentum(bn) for _, bn in everything),
         tuple(bn.eps for _, bn in everything),
-        relu and (planned == "gram" or kind != "none" or not everything[0][1].training),  # Plan.reads_out
         _nhwc(x.to(dtype)),
         None if residual is None else _nhwc(residual.to(dtype)),
         slots,
@@ -349,11 +349,12 @@ def _nhwc(t: Tensor) -> Tensor:
     return _ToNHWC.apply(t)  # type: ignore[no-any-return]
 
 
-def _needs_grad(x: Tensor, *layers: tuple[Conv, BatchNorm]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tensors = [x, *(t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias))]
-    return any(t is not None and t.requires_grad for t in tensors)
+def _parameters(*layers: tuple[Conv, BatchNorm]) -> list[Tensor | None]:
+    return [t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias)]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:

@@ -263,6 +263,23 @@ BUGS = [
         "residual = residual + residual_shift",
         ("bottleneck",),
     ),
+    # the mask in bits
+    Bug("bits where the ReLU is zero", "kernels.bits", "~(out <= 0)", "~(out < 0)", ("identity",)),
+    Bug(
+        "bits in the reverse order",
+        "kernels.bn_act",
+        "relu_bits(out.to(scale.dtype), ",
+        "relu_bits(tl.flip(out.to(scale.dtype), 1), ",
+        ("identity",),
+    ),
+    Bug(
+        "a lost last byte",
+        "kernels.conv_fprop",
+        "(offs_b < row_bytes)[None, :]",
+        "(offs_b < row_bytes - 1)[None, :]",
+        ("frozen",),
+    ),
+    Bug("a mask in bits that is not applied", GRAD, "dz = tl.where(passed, dz, 0.0)", "dz = dz", ("identity",)),
     Bug("no ReLU", ACT, "out = relu(out)", "out = out", ("identity",)),
     Bug("the mask of y alone", GRAD, "pre = affine(y, scale, shift)", "pre = y", ("vendor",)),
     Bug("a missing rstd", GRAD, "b = -a * rstd * dgamma / rows", "b = -a * dgamma / rows", ("bottleneck",)),
@@ -280,7 +297,7 @@ BUGS = [
         "kernels.common",
         "tl.where(x <= 0, 0.0, grad)",
         "tl.where(x < 0, 0.0, grad)",
-        ("identity",),
+        ("frozen",),
     ),
     Bug("a ReLU that drops NaN", "kernels.common", "tl.where(x <= 0, 0.0, x)", "tl.maximum(x, 0.0)", ("nan",)),
     # the stem

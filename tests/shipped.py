@@ -7,6 +7,7 @@ compiled by ``compile_audit`` is exactly what a GPU would be asked to compile.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 import fused_resnet.launch
 from benchmarks.problems import Layer, layers
 from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, nhwc, record, stem_conv, stem_pool
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
@@ -146,8 +148,9 @@ def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
         prologue = None if first or not p.is_pointwise else _rows(2, p.Ci)
         conv_fprop(x, w, p, config, input_affine=prologue, stats=True)
         conv_fprop(x, w, p, config)
-        conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), relu=True)
-        conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), residual=out, relu=True)
+        for bits in (None, empty_bits(out.shape, out.device)):
+            conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), relu=True, bits=bits)
+            conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), residual=out, relu=True, bits=bits)
 
 
 def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, dtype: torch.dtype) -> None:
@@ -195,11 +198,16 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         bn_act.bn_act(y, stats, once, relu=relu)
         bn_act.bn_act(y, stats, once, residual=y, relu=relu)
         bn_act.bn_act(y, stats, once, residual=y, residual_stats=stats, relu=relu)
+    bits = empty_bits(y.shape, y.device)
+    for shortcut in ({}, {"residual": y}, {"residual": y, "residual_stats": stats}):
+        bn_act.bn_act(y, stats, once, bits=bits, **shortcut)
     grad = bn_act_grad.bn_act_grad_reduce
     _, tiles = grad(y, y, stats, reduce)
-    grad(y, y, stats, reduce, out=y)
-    _, three = grad(y, y, stats, reduce, out=y, residual=y, residual_stats=stats)
+    grad(y, y, stats, reduce, bits=bits)
+    _, three = grad(y, y, stats, reduce, bits=bits, residual=y, residual_stats=stats)
+    grad(y, None, None, reduce, bits=bits, residual=y, residual_stats=stats)
     grad(y, y, stats, reduce, relu=False)
+    grad(y, None, None, reduce, bits=bits)
     grad(y, None, None, reduce, out=y)
     bn_act_grad.bn_grad_finalize(tiles, stats, row, p.M)
     bn_act_grad.bn_grad_finalize(three, stats, row, p.M, row=2)
@@ -223,12 +231,13 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
+    bits = empty_bits(out.shape, out.device)
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
-        for prologue in (affine, None):
-            conv_fprop(x, w, p, plan.fprop, input_affine=prologue, output_affine=stats[2:], relu=True, **shortcut)
+        for prologue, written in itertools.product((affine, None), (None, bits)):
+            epilogue = {"output_affine": stats[2:], "relu": True, "bits": written, **shortcut}
+            conv_fprop(x, w, p, plan.fprop, input_affine=prologue, **epilogue)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
-    for mask in (out, torch.empty((p.M, -(-p.Co // 8)), dtype=torch.uint8, device="meta")):
-        gram_wgrad(out, mask, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=True)
+    gram_wgrad(out, bits, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=True)
     small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
     below = _rows(4, p.Ci)
     gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)
@@ -254,9 +263,10 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)
     for config in dict.fromkeys([plan.fprop, planner.default_config(last, "fprop", target)]):
-        for prologue in (affine, None):
-            more = {"output_affine": wide, "projection": joining, "relu": True}
-            conv_fprop(of_y, weight, last, config, input_affine=prologue, **more)
+        bits = empty_bits((last.N, last.Co, last.P, last.Q), x.device)
+        for prologue, written in itertools.product((affine, None), (None, bits)):
+            epilogue = {"output_affine": wide, "projection": joining, "relu": True, "bits": written}
+            conv_fprop(of_y, weight, last, config, input_affine=prologue, **epilogue)
     conv_wgrad(x, dz, p, plan.projection.wgrad, out_dtype=torch.float32)
     aw, products = (
         torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),

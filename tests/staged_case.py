@@ -122,11 +122,11 @@ class Chain:
             for i, p in enumerate(self.parts())
         ]
         plan = self.plan()
-        saved = staged_forward.forward(plan, self.x, None, layers)
+        out, saved = staged_forward.forward(plan, self.x, None, layers)
         needs = [staged_backward.Needs(True, True)] * len(layers)
         dx, _, grads = staged_backward.backward(plan, self.dout, self.x, layers, saved, needs, True, False)
         assert dx is not None
-        results: dict[str, Any] = {"z": saved.out, "dx": dx}
+        results: dict[str, Any] = {"z": out, "dx": dx}
         for i, grad in enumerate(grads):
             suffix = "_p" if self.projection and i == len(self.layers) else str(i)
             results |= {f"dw{suffix}": grad.weight, f"dgamma{suffix}": grad.gamma, f"dbeta{suffix}": grad.beta}
@@ -135,7 +135,7 @@ class Chain:
             assert y is not None
             scale, shift = stats[2:, None, :, None, None]
             masks.append(numerics.relu_mask(y if self.frozen else y.to(stats.dtype) * scale + shift))
-        return results, [*masks, numerics.relu_mask(saved.out)], saved
+        return results, [*masks, numerics.relu_mask(out)], saved
 
     def check(self) -> list[numerics.Score]:
         """The numerics rule over everything the chain computes. AssertionError with a table if it refuses."""

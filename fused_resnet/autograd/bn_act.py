@@ -8,11 +8,13 @@ import torch
 
 from ..launch import bn_act as launch_act
 from ..launch import bn_act_grad, bn_stats
+from ..launch.bits import empty_bits
 from ..launch.nhwc import nhwc
 from ..plan.passes import pass_config, reduce_config
 from .library import define, refuse_second_derivative
 
 Tensor = torch.Tensor
+Settings = tuple[bool, float, float, bool, int, bool, bool]
 
 
 def _size(t: Tensor) -> tuple[int, int, int]:
@@ -22,6 +24,11 @@ def _size(t: Tensor) -> tuple[int, int, int]:
 
 def _stats_dtype(y: Tensor) -> torch.dtype:
     return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+def _mask(y: Tensor, keeps_mask: bool) -> Tensor:
+    """Memory for the ReLU's mask, one bit per element, or none."""
+    return empty_bits(y.shape, y.device) if keeps_mask else y.new_empty(0, dtype=torch.uint8)
 
 
 def _forward(
@@ -38,7 +45,8 @@ def _forward(
     relu: bool,
     sm_count: int,
     interpreter: bool,
-) -> tuple[Tensor, Tensor]:
+    keeps_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels, itemsize = _size(y)
     if batch_statistics:
         tiles = bn_stats.bn_stats(y, reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter))
@@ -56,18 +64,20 @@ def _forward(
         assert running_mean is not None and running_var is not None
         stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(y))
     config = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
-    return launch_act.bn_act(y, stats, config, residual=residual, relu=relu), stats
+    mask = _mask(y, keeps_mask)
+    bits = mask if keeps_mask else None
+    return launch_act.bn_act(y, stats, config, residual=residual, relu=relu, bits=bits), mask, stats
 
 
-def _forward_fake(y: Tensor, residual: Tensor | None, *_rest: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(y: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(y, memory_format=torch.channels_last)
-    return out, torch.empty((4, y.shape[1]), dtype=_stats_dtype(y), device=y.device)
+    return out, _mask(y, rest[-1]), torch.empty((4, y.shape[1]), dtype=_stats_dtype(y), device=y.device)
 
 
 def _backward(
     dout: Tensor,
     y: Tensor,
-    out: Tensor | None,
+    mask: Tensor,
     stats: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -81,9 +91,8 @@ def _backward(
     dout = nhwc(dout)
     rows, channels, itemsize = _size(y)
     reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
-    dz, tiles = bn_act_grad.bn_act_grad_reduce(
-        dout, y, stats, reducing, out=out, relu=relu, store_dz=needs_y or needs_residual
-    )
+    bits, store_dz = mask if mask.numel() else None, needs_y or needs_residual
+    dz, tiles = bn_act_grad.bn_act_grad_reduce(dout, y, stats, reducing, bits=bits, relu=relu, store_dz=store_dz)
     dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
     dy, dresidual = y.new_empty(0), y.new_empty(0)
     if needs_y:
@@ -105,7 +114,7 @@ def _backward(
 def _backward_fake(
     dout: Tensor,
     y: Tensor,
-    out: Tensor | None,
+    mask: Tensor,
     stats: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -124,12 +133,12 @@ def _backward_fake(
 bn_act_forward = define(
     "bn_act_forward(Tensor y, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? counter, bool batch_statistics, float momentum, float eps, bool relu, "
-    "int sm_count, bool interpreter) -> (Tensor, Tensor)",
+    "int sm_count, bool interpreter, bool keeps_mask) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 bn_act_backward = define(
-    "bn_act_backward(Tensor dout, Tensor y, Tensor? out, Tensor stats, Tensor? gamma, Tensor? beta, "
+    "bn_act_backward(Tensor dout, Tensor y, Tensor mask, Tensor stats, Tensor? gamma, Tensor? beta, "
     "bool needs_y, bool needs_residual, bool batch_statistics, bool relu, int sm_count, bool interpreter) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -141,7 +150,7 @@ class _BNAct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        settings: tuple[bool, float, float, bool, int, bool],
+        settings: Settings,
         y: Tensor,
         residual: Tensor | None,
         gamma: Tensor | None,
@@ -150,26 +159,24 @@ class _BNAct(torch.autograd.Function):
         running_var: Tensor | None,
         counter: Tensor | None,
     ) -> Tensor:
-        out, stats = bn_act_forward(y, residual, gamma, beta, running_mean, running_var, counter, *settings)
+        out, mask, stats = bn_act_forward(y, residual, gamma, beta, running_mean, running_var, counter, *settings)
         ctx.settings = settings
-        # Without a residual the mask follows from y.
-        keeps_out = settings[3] and residual is not None
-        ctx.save_for_backward(y, out if keeps_out else None, stats, gamma, beta)
+        ctx.save_for_backward(y, mask, stats, gamma, beta)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, out, stats, gamma, beta = ctx.saved_tensors
-        batch_statistics, _, _, *rest = ctx.settings
+        y, mask, stats, gamma, beta = ctx.saved_tensors
+        batch_statistics, _, _, *rest, _ = ctx.settings
         wants = ctx.needs_input_grad[1:5]
         grads = refuse_second_derivative(
-            bn_act_backward, dout, y, out, stats, gamma, beta, *wants[:2], batch_statistics, *rest
+            bn_act_backward, dout, y, mask, stats, gamma, beta, *wants[:2], batch_statistics, *rest
         )
         wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
         return None, *wanted, None, None, None
 
 
-def bn_act(settings: tuple[bool, float, float, bool, int, bool], *tensors: Tensor | None) -> Tensor:
-    """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter. ``tensors``: y, residual (both
-    channels_last), gamma, beta, running_mean, running_var, counter."""
+def bn_act(settings: Settings, *tensors: Tensor | None) -> Tensor:
+    """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter, keeps_mask (without a residual it
+    follows from y). ``tensors``: y, residual (both channels_last), gamma, beta, running_mean, running_var, counter."""
     return _BNAct.apply(settings, *tensors)  # type: ignore[no-any-return]

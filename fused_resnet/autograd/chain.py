@@ -16,7 +16,7 @@ from ..launch.nhwc import nhwc
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
-from .layer import Layer, LayerGrad, Needs, operands
+from .layer import Layer, LayerGrad, Needs, empty_mask, operands
 from .library import define, refuse_second_derivative
 from .staged_forward import Saved
 
@@ -39,11 +39,11 @@ FORWARD_SCHEMA = (
     "chain_forward(str plan, float[] momenta, float[] epsilons, Tensor x, Tensor? residual, "
     + ", ".join(_slot_schema(i) for i in range(SLOTS))
     + ") -> ("
-    + ", ".join(["Tensor"] * (3 + 2 * SLOTS))
+    + ", ".join(["Tensor"] * (4 + 2 * SLOTS))
     + ")"
 )
 BACKWARD_SCHEMA = (
-    "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor? out, Tensor?[] weights, Tensor?[] gammas, "
+    "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor mask, Tensor?[] weights, Tensor?[] gammas, "
     "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean, Tensor projection_mean) -> ("
     + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
     + ")"
@@ -65,6 +65,10 @@ def _convs(problem: ChainProblem) -> list[ConvProblem]:
 
 def _none(like: Tensor) -> Tensor:
     return like.new_empty(0)
+
+
+def _no_mask(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.uint8)
 
 
 def _or_none(t: Tensor) -> Tensor | None:
@@ -92,14 +96,15 @@ def _chain_forward(
         Layer(read[i], *fields[i][1:], momenta[i], epsilons[i], weights[i].dtype)  # type: ignore[call-arg, arg-type]
         for i in range(len(slots))
     ]
-    saved = staged_forward.forward(decoded, x, residual, layers)
+    out, saved = staged_forward.forward(decoded, x, residual, layers)
     ys = [_none(x) for _ in range(SLOTS)]
     stats = [_none(x) for _ in range(SLOTS)]
     if decoded.problem.backward:
         for slot, y, s in zip(slots, saved.ys, saved.stats, strict=True):
             ys[slot], stats[slot] = _none(x) if y is None else y, s
+    mask = _no_mask(x) if saved.mask is None else saved.mask
     kept = (saved.input_mean, saved.projection_mean) if decoded.problem.backward else (None, None)
-    return saved.out, *ys, *stats, *(_none(x) if mean is None else mean for mean in kept)
+    return out, mask, *ys, *stats, *(_none(x) if mean is None else mean for mean in kept)
 
 
 def _chain_forward_fake(
@@ -131,7 +136,9 @@ def _chain_forward_fake(
         for i, (slot, conv) in enumerate(unwritten):
             ys[slot] = torch.empty((conv.Co, conv.Ci), dtype=dtype, device=x.device)
             means[i] = torch.empty((conv.Ci,), dtype=dtype, device=x.device)
-    return _image(x, n, last.Co, last.P, last.Q), *ys, *stats, *means
+    mask = empty_mask(decoded, x)
+    mask = _no_mask(x) if mask is None else mask
+    return _image(x, n, last.Co, last.P, last.Q), mask, *ys, *stats, *means
 
 
 # ---------------------------------------------------------------- backward
@@ -142,7 +149,7 @@ def _chain_backward(
     needs: Sequence[bool],
     dout: Tensor,
     x: Tensor,
-    out: Tensor | None,
+    mask: Tensor,
     weights: Sequence[Tensor | None],
     gammas: Sequence[Tensor | None],
     betas: Sequence[Tensor | None],
@@ -153,7 +160,6 @@ def _chain_backward(
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
-    assert out is not None or not decoded.reads_out
     dout = nhwc(dout)
     slots = _slots(decoded.problem)
     parameters = [weight for weight in (weights[slot] for slot in slots) if weight is not None]
@@ -163,7 +169,7 @@ def _chain_backward(
     ]
     means = (_or_none(input_mean), _or_none(projection_mean))
     kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *means)
-    saved = Saved(dout if out is None else out, *kept)
+    saved = Saved(_or_none(mask), *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
     none = _none(x)
@@ -189,7 +195,7 @@ def _chain_backward_fake(
     needs: Sequence[bool],
     dout: Tensor,
     x: Tensor,
-    out: Tensor | None,
+    mask: Tensor,
     weights: Sequence[Tensor | None],
     gammas: Sequence[Tensor | None],
     betas: Sequence[Tensor | None],
@@ -225,25 +231,24 @@ class _Chain(torch.autograd.Function):
         plan: str,
         momenta: tuple[float, ...],
         epsilons: tuple[float, ...],
-        keeps_out: bool,
         x: Tensor,
         residual: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        out, *rest = chain_forward(plan, momenta, epsilons, x, residual, *tensors)
+        out, mask, *rest = chain_forward(plan, momenta, epsilons, x, residual, *tensors)
         ctx.plan = plan
         parameters = [tensors[len(FIELDS) * i + field] for field in range(3) for i in range(SLOTS)]
-        ctx.save_for_backward(x, out if keeps_out else None, *parameters, *rest)
+        ctx.save_for_backward(x, mask, *parameters, *rest)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, out, *rest, input_mean, projection_mean = ctx.saved_tensors
+        x, mask, *rest, input_mean, projection_mean = ctx.saved_tensors
         weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
         wants = ctx.needs_input_grad
-        needs = [wants[4], wants[5]]
+        needs = [wants[3], wants[4]]
         for i in range(SLOTS):
-            first = 6 + len(FIELDS) * i
+            first = 5 + len(FIELDS) * i
             needs += [wants[first], wants[first + 1] or wants[first + 2]]
         dx, dresidual, *flat = refuse_second_derivative(
             chain_backward,
@@ -251,7 +256,7 @@ class _Chain(torch.autograd.Function):
             needs,
             dout,
             x,
-            out,
+            mask,
             weights,
             gammas,
             betas,
@@ -264,12 +269,11 @@ class _Chain(torch.autograd.Function):
             None,
             None,
             None,
-            None,
-            dx if wants[4] else None,
-            dresidual if wants[5] else None,
+            dx if wants[3] else None,
+            dresidual if wants[4] else None,
         ]
         for i in range(SLOTS):
-            first = 6 + len(FIELDS) * i
+            first = 5 + len(FIELDS) * i
             result += [flat[3 * i + j] if wants[first + j] else None for j in range(3)]
             result += [None, None, None]
         return tuple(result)
@@ -279,13 +283,9 @@ def conv_chain(
     plan: str,
     momenta: tuple[float, ...],
     epsilons: tuple[float, ...],
-    keeps_out: bool,
     x: Tensor,
     residual: Tensor | None,
     tensors: Sequence[Tensor | None],
 ) -> Tensor:
-    """Runs an encoded plan. ``x`` and ``residual`` are channels_last; ``tensors`` are the FIELDS of each of the SLOTS.
-
-    ``keeps_out`` says whether backward reads the output (its mask).
-    """
-    return _Chain.apply(plan, momenta, epsilons, keeps_out, x, residual, *tensors)  # type: ignore[no-any-return]
+    """Runs an encoded plan. ``x`` and ``residual`` are channels_last; ``tensors``: the FIELDS of each of the SLOTS."""
+    return _Chain.apply(plan, momenta, epsilons, x, residual, *tensors)  # type: ignore[no-any-return]

@@ -47,11 +47,12 @@ def forward(
     residual_stats: Tensor | None,
     projection_layer: Layer,
     x: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Kept, Kept | None]:
     """out = relu(bn(conv(a)) + residual), a = relu(bn(y)), and what backward needs of both convs.
 
     A residual with ``residual_stats`` is a raw projection. Where the plan has a projection of the Gram route, that of
-    ``x`` by ``projection_layer`` takes the residual's place.
+    ``x`` by ``projection_layer`` takes the residual's place. ``mask``, if given, takes up the ReLU's mask.
     """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
@@ -75,6 +76,7 @@ def forward(
         residual_affine=None if residual_stats is None else residual_stats[2:],
         projection=projection,
         relu=plan.problem.relu,
+        bits=mask,
     )
     return out, kept, kept_projection
 
@@ -101,11 +103,11 @@ def backward(
     plan: Plan,
     layer: Layer,
     kept: Kept,
-    out: Tensor,
     y: Tensor,
     y_stats: Tensor,
     needs: Needs,
     dout: Tensor,
+    mask: Tensor | None,
     reduced: Reduced | None,
     wants_dgrad: bool,
 ) -> tuple[LayerGrad, Behind, Reduced | None]:
@@ -113,13 +115,13 @@ def backward(
 
     ``y`` and ``y_stats`` are the layer's below. ``reduced`` is what a pass over ``dout`` found already (a staged
     projection shares it, or the plan has no ``masked_wgrad``); without it the weight gradient forms dz and its sums on
-    the way.
+    the way, from ``dout`` and the ReLU's ``mask``.
     """
     assert plan.gram is not None
     problem = plan.convs[-1].problem
     if reduced is None:
-        assert plan.gram.masked_wgrad is not None
-        products, sum_dz, dz = gram_wgrad(dout, out, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
+        assert mask is not None and plan.gram.masked_wgrad is not None
+        products, sum_dz, dz = gram_wgrad(dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
         assert dz is not None
         sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:

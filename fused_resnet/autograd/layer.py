@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..launch import bn_act, bn_act_grad, bn_stats
+from ..launch.bits import empty_bits
 from ..launch.cast import cast, is_castable
 from ..launch.record import note
 from ..launch.tiles import StatTiles
@@ -81,9 +82,11 @@ class Passes:
         residual: Tensor | None = None,
         residual_stats: Tensor | None = None,
         relu: bool = True,
+        mask: Tensor | None = None,
     ) -> Tensor:
         config = self._config(pass_config, y)
-        return bn_act.bn_act(y, stats, config, residual=residual, residual_stats=residual_stats, relu=relu)
+        options = {"residual": residual, "residual_stats": residual_stats, "bits": mask}
+        return bn_act.bn_act(y, stats, config, **options, relu=relu)
 
     def grad_reduce(self, dout: Tensor, y: Tensor | None, stats: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         config = self._config(reduce_config, dout)
@@ -91,6 +94,13 @@ class Passes:
 
     def grad_apply(self, dz: Tensor, y: Tensor | None, coeffs: Tensor) -> Tensor:
         return bn_act_grad.bn_grad_apply(dz, y, coeffs, self._config(pass_config, dz))
+
+
+def empty_mask(plan: Plan, x: Tensor) -> Tensor | None:
+    """Memory for the mask of the plan's last ReLU, one bit per element, where the plan keeps it."""
+    assert plan.problem is not None
+    last = plan.problem.convs[-1]
+    return empty_bits((last.N, last.Co, last.P, last.Q), x.device) if plan.keeps_mask else None
 
 
 def operands(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -120,7 +120,7 @@ def backward(
                 dout,
                 saved.ys[last] if batch and plan.gram is None else None,
                 saved.stats[last],
-                out=saved.out if plan.reads_out else None,
+                bits=saved.mask,
                 residual=y_projection,
                 residual_stats=saved.stats[-1] if y_projection is not None else None,
                 relu=problem.relu,
@@ -132,7 +132,7 @@ def backward(
         kept = gram_route.Kept(saved.stats[last], covariance, input_mean)
         y_stats, wants_dgrad = saved.stats[last - 1], lowest < last
         grads[last], behind, pending = gram_route.backward(
-            plan, layers[last], kept, saved.out, y, y_stats, needs[last], dout, reduced, wants_dgrad
+            plan, layers[last], kept, y, y_stats, needs[last], dout, saved.mask, reduced, wants_dgrad
         )
         dz_out = behind.dz
     else:

@@ -18,7 +18,7 @@ from ..launch.stem_conv import stem_conv_fprop
 from ..launch.tiles import StatTiles
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
-from .layer import Layer, Passes, finalize, frozen_stats
+from .layer import Layer, Passes, empty_mask, finalize, frozen_stats
 
 Tensor = torch.Tensor
 
@@ -26,13 +26,14 @@ Tensor = torch.Tensor
 class Saved(NamedTuple):
     """What forward leaves for backward.
 
-    ``ys`` are the convs' raw outputs, or with frozen statistics their activations (the last one's is ``out``, and its
-    place is None); ``stats`` are [4, C] rows mean, rstd, scale, shift. The projection, if any, comes last in both. On
-    the Gram route the last conv has no output: its place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's.
-    The same holds for a projection on it, with ``projection_mean``.
+    ``mask`` is the last ReLU's, in bits, where the plan keeps it. ``ys`` are the convs' raw outputs, or with frozen
+    statistics their activations (the last one's is the output, and its place is None); ``stats`` are [4, C] rows mean,
+    rstd, scale, shift. The projection, if any, comes last in both. On the Gram route the last conv has no output: its
+    place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's. The same holds for a projection on it,
+    with ``projection_mean``.
     """
 
-    out: Tensor
+    mask: Tensor | None
     ys: list[Tensor | None]
     stats: list[Tensor]
     input_mean: Tensor | None = None
@@ -66,14 +67,14 @@ def conv_raw(
     return y, tiles
 
 
-def forward(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
-    """``layers``: one per conv of the plan, then the projection's if there is one."""
+def forward(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:
+    """The output, and what backward needs. ``layers``: one per conv of the plan, then the projection's if any."""
     assert plan.problem is not None
     run = _forward_batch if plan.problem.batch_statistics else _forward_frozen
     return run(plan, x, residual, layers)
 
 
-def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
+def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:
     assert plan.problem is not None
     passes = Passes(plan)
     ys: list[Tensor | None] = []
@@ -92,33 +93,36 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
         residual_stats = finalize(layers[-1], tiles)
     elif plan.problem.residual == "identity":
         residual = x
+    mask = empty_mask(plan, x)
     means: list[Tensor] = []
     if plan.gram is not None:
         last = layers[len(written)]
-        out, *kept = gram_route.forward(plan, last, y, pending, residual, residual_stats, layers[-1], x)
+        out, *kept = gram_route.forward(plan, last, y, pending, residual, residual_stats, layers[-1], x, mask)
         for each in kept:
             if each is not None:
                 ys.append(each.covariance)
                 stats.append(each.stats)
                 means.append(each.input_mean)
     else:
-        out = passes.act(y, pending, residual, residual_stats, plan.problem.relu)
+        out = passes.act(y, pending, residual, residual_stats, plan.problem.relu, mask)
     if residual_stats is not None:
         ys.append(residual)
         stats.append(residual_stats)
-    return Saved(out, ys, stats, *means)
+    return out, Saved(mask, ys, stats, *means)
 
 
-def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Saved:
+def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:
     assert plan.problem is not None
     passes = Passes(plan)
-    stats = [frozen_stats(layer, x) for layer in layers]
+    stats, mask = [frozen_stats(layer, x) for layer in layers], empty_mask(plan, x)
 
-    def conv_act(conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool) -> Tensor:
+    def conv_act(
+        conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool, bits: Tensor | None = None
+    ) -> Tensor:
         if conv.fprop.config is None or conv.problem.is_stem:
-            return passes.act(conv_only(conv, layer.weight, a), s, r, None, relu)
+            return passes.act(conv_only(conv, layer.weight, a), s, r, None, relu, bits)
         weight, config = layer.weight, conv.fprop.config
-        return conv_fprop(a, weight, conv.problem, config, output_affine=s[2:], residual=r, relu=relu)[0]
+        return conv_fprop(a, weight, conv.problem, config, output_affine=s[2:], residual=r, relu=relu, bits=bits)[0]
 
     if plan.projection is not None:
         residual = conv_act(plan.projection, layers[-1], x, stats[-1], None, False)
@@ -126,9 +130,9 @@ def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequ
         residual = x
     a, last = x, len(plan.convs) - 1
     ys: list[Tensor | None] = []
-    for i, conv in enumerate(plan.convs):
-        a = conv_act(conv, layers[i], a, stats[i], residual if i == last else None, i < last or plan.problem.relu)
-        ys.append(a if i < last else None)
-    if plan.projection is not None:
-        ys.append(None)
-    return Saved(a, ys, stats)
+    for i in range(last):
+        a = conv_act(plan.convs[i], layers[i], a, stats[i], None, True)
+        ys.append(a)
+    out = conv_act(plan.convs[last], layers[last], a, stats[last], residual, plan.problem.relu, mask)
+    ys += [None] * (len(layers) - last)
+    return out, Saved(mask, ys, stats)

@@ -1,4 +1,4 @@
-"""ReLU masks as bits: bit j of byte b of a row belongs to channel 8b + j."""
+"""ReLU masks as bits: bit j of byte b of a row belongs to channel 8b + j. Channels past the last one have zeros."""
 
 import triton
 import triton.language as tl
@@ -20,3 +20,9 @@ def unpack_bits(packed):
     C: tl.constexpr = packed.shape[1] * 8
     bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, C)) != 0
+
+
+@triton.jit
+def relu_bits(out, inside):
+    """The mask of a ReLU with the output ``out`` [ROWS, C], packed; none of what is not ``inside``. NaN passes."""
+    return pack_bits(inside & ~(out <= 0))

@@ -1,13 +1,15 @@
 """out = relu(y * scale + shift + r), one pass over [M, C].
 
 r is nothing, a residual as it is, or a projection's raw output that is normalised on load: residual * rscale + rshift.
+On request the ReLU's mask is written too, as bits [M, ceil(C / 8)] (see bits.py).
 """
 
 import triton
 import triton.language as tl
 
+from .bits import relu_bits
 from .common import affine, relu
-from .tiling import pass_tile, step_offsets
+from .tiling import pass_tile, step_bits, step_offsets
 
 
 @triton.jit
@@ -23,12 +25,15 @@ def bn_act_kernel(
     residual_ptr,
     residual_stats_ptr,
     out_ptr,
+    bits_ptr,
     rows,
     channels,
+    row_bytes,
     rows_per_tile,
     HAS_RESIDUAL: tl.constexpr,
     NORMALISE_RESIDUAL: tl.constexpr,
     APPLY_RELU: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -36,6 +41,8 @@ def bn_act_kernel(
     _, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
     out_ptr += first * channels
+    if HAS_BITS:
+        bits_ptr += first * row_bytes
     scale = load_channels(stats_ptr + 2 * channels, offs_c, channels)
     shift = load_channels(stats_ptr + 3 * channels, offs_c, channels)
     if HAS_RESIDUAL:
@@ -56,4 +63,9 @@ def bn_act_kernel(
             out += residual
         if APPLY_RELU:
             out = relu(out)
-        tl.store(out_ptr + offsets, out.to(y.dtype), mask=mask)
+        out = out.to(y.dtype)
+        tl.store(out_ptr + offsets, out, mask=mask)
+        if HAS_BITS:
+            bits = relu_bits(out.to(scale.dtype), (offs_c < channels)[None, :])
+            offsets, mask = step_bits(start, count, channels, row_bytes, VECTORS * BLOCK_M, BLOCK_C)
+            tl.store(bits_ptr + offsets, bits, mask=mask)

@@ -1,7 +1,8 @@
 """Backward of out = relu(y * scale + shift + r), in two passes over [M, C] and a merge between them.
 
     bn_act_grad_reduce   dz = dout where the ReLU passed it; tiles of sum dz, sum dz * (y - mean),
-                         and for a projection's raw output r, sum dz * (r - residual_mean)
+                         and for a projection's raw output r, sum dz * (r - residual_mean). The ReLU's mask
+                         is that of its output, its bits (see bits.py), or y * scale + shift
     bn_grad_merge        where there are many tiles: those of every group of neighbours added up into one
     bn_grad_finalize     dbeta = sum dz,  dgamma = rstd * sum dz * (y - mean)
                          A = gamma * rstd,  B = -A * rstd * dgamma / M,  C = -A * dbeta / M - B * mean
@@ -13,9 +14,10 @@ Sums over a tile stay in two dimensions, one sum per lane, and meet once at its 
 import triton
 import triton.language as tl
 
+from .bits import unpack_bits
 from .bn_act import load_channels
 from .common import affine, relu_grad
-from .tiling import fold, pass_tile, step_offsets
+from .tiling import fold, pass_tile, step_bits, step_offsets
 
 
 @triton.jit
@@ -23,6 +25,7 @@ def bn_act_grad_reduce_kernel(
     dout_ptr,
     y_ptr,
     out_ptr,
+    bits_ptr,
     residual_ptr,
     stats_ptr,
     residual_stats_ptr,
@@ -30,11 +33,13 @@ def bn_act_grad_reduce_kernel(
     tiles_ptr,
     rows,
     channels,
+    row_bytes,
     rows_per_tile,
     plane,
     ACC: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_OUT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     APPLY_RELU: tl.constexpr,
     STORE_DZ: tl.constexpr,
@@ -51,6 +56,8 @@ def bn_act_grad_reduce_kernel(
         shift = load_channels(stats_ptr + 3 * channels, offs_c, channels)
     if HAS_OUT:
         out_ptr += first * channels
+    if HAS_BITS:
+        bits_ptr += first * row_bytes
     if HAS_RESIDUAL:
         residual_ptr += first * channels
         residual_mean = load_channels(residual_stats_ptr, offs_c, channels)
@@ -67,11 +74,16 @@ def bn_act_grad_reduce_kernel(
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
         if HAS_OUT:
             pre = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        if HAS_BITS:
+            offsets_b, mask_b = step_bits(start, count, channels, row_bytes, VECTORS * BLOCK_M, BLOCK_C)
+            passed = unpack_bits(tl.load(bits_ptr + offsets_b, mask=mask_b, other=0))
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(ACC)
 
         dz = dout.to(ACC)
-        if APPLY_RELU:
+        if HAS_BITS:
+            dz = tl.where(passed, dz, 0.0)
+        elif APPLY_RELU:
             if not HAS_OUT:
                 pre = affine(y, scale, shift)
             dz = relu_grad(dz, pre)

@@ -9,7 +9,7 @@ is read from memory once.
 
 Reads   x [N*H*W, Ci], w [Co, R*S*Ci], residual [M, Co], input_affine [2, Ci], output_affine, residual_affine [2, Co];
         of a projection x [N*H*W, Ci], w [Co, Ci], affine [2, Co].
-Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored.
+Writes  y [M, Co], tiles [2, T, Co]: mean and M2 of each M tile, of y as stored; the ReLU's mask, bits [M, Co / 8].
 Prologue  relu(x*scale + shift), rounded to x's dtype; positions in the padding are zero after it.
 Epilogue  y*scale + shift, + residual (or + residual*rscale + rshift), + projection, relu: each optional.
 Projection  (x_s wᵀ)*scale + shift of a second, sampled input: a product of its own, because one accumulator for both
@@ -19,6 +19,7 @@ Projection  (x_s wᵀ)*scale + shift of a second, sampled input: a product of it
 import triton
 import triton.language as tl
 
+from .bits import relu_bits
 from .common import affine, relu
 from .implicit_gemm import as_stored, load_rows, sampled_rows, split_rows, tap_bits
 
@@ -87,6 +88,7 @@ def conv_fprop_kernel(
     projection_w_ptr,
     projection_affine_ptr,
     tiles_ptr,
+    bits_ptr,
     M,
     H,
     W,
@@ -117,6 +119,7 @@ def conv_fprop_kernel(
     PROJECTION_EVEN_K: tl.constexpr,
     APPLY_RELU: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     EVEN_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ACC: tl.constexpr,
@@ -224,10 +227,19 @@ def conv_fprop_kernel(
     if APPLY_RELU:
         acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)
-    if HAS_STATS and not TRANSPOSED:
+    # Beside a residual, y lies as it is stored already.
+    if (HAS_STATS and not TRANSPOSED) or (HAS_BITS and not HAS_RESIDUAL):
         y = as_stored(y_ptr + offs_y, y, M < 0)
     tl.store(y_ptr + offs_y, y, mask=mask)
 
+    if HAS_BITS:
+        # As stored, eight neighbouring channels lie in one thread: packing them is its own business.
+        row_bytes = tl.cdiv(Co, 8)
+        offs_b = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+        packed = relu_bits(y.to(ACC), mask_n[None, :])
+        bits_ptr += (pid_m * BLOCK_M).to(tl.int64) * row_bytes
+        offs_bits = tl.arange(0, BLOCK_M)[:, None] * row_bytes + offs_b[None, :]
+        tl.store(bits_ptr + offs_bits, packed, mask=mask_m[:, None] & (offs_b < row_bytes)[None, :])
     if HAS_STATS:
         values = y.to(ACC)
         count = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)

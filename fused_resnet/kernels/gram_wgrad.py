@@ -6,7 +6,7 @@
 Both operands are formed on load. One program owns a (q, p) tile over one contiguous range of rows; the partials of the
 ranges are summed in a fixed order by ``conv_wgrad_reduce_kernel``.
 
-Reads   dout [M, q], mask: bits [M, ceil(q / 8)] (see bits.py) or the ReLU's output [M, q], y [M, p], affine [2, p].
+Reads   dout [M, q], bits [M, ceil(q / 8)] (the ReLU's mask, see bits.py), y [M, p], affine [2, p].
 Writes  partial [split, q*p + q]: T, then sum dz; dz [M, q] on request, by the programs of the first tile of p.
 """
 
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, relu, relu_grad
+from .common import affine, relu
 
 
 @triton.jit
 def gram_wgrad_kernel(
     dout_ptr,
-    mask_ptr,
+    bits_ptr,
     y_ptr,
     affine_ptr,
     dz_ptr,
@@ -28,9 +28,9 @@ def gram_wgrad_kernel(
     M,
     P,
     Q,
+    row_bytes,
     num_n,
     rows_per_split,
-    HAS_BITS: tl.constexpr,
     STORE_DZ: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_P: tl.constexpr,
@@ -50,10 +50,7 @@ def gram_wgrad_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_q = offs_q < Q
     mask_p = offs_p < P
-    if HAS_BITS:
-        row_bytes = (Q + 7) // 8
-        offs_b = pid_q * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
-        mask_b = offs_b < row_bytes
+    offs_b = pid_q * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
 
     row_start = pid_split * rows_per_split
     rows = tl.minimum(rows_per_split, M - row_start)
@@ -63,10 +60,9 @@ def gram_wgrad_kernel(
     dz_base = dz_ptr
     if STORE_DZ:
         dz_base += first * Q
-    mask_base = mask_ptr + first * Q
-    if HAS_BITS:
-        mask_base = mask_ptr + first * row_bytes
+    bits_base = bits_ptr + first * row_bytes
     dout_offs = offs_k[:, None] * Q + offs_q[None, :]
+    bits_offs = offs_k[:, None] * row_bytes + offs_b[None, :]
     y_offs = offs_k[:, None] * P + offs_p[None, :]
     scale = tl.load(affine_ptr + offs_p, mask=mask_p, other=0.0)[None, :]
     shift = tl.load(affine_ptr + P + offs_p, mask=mask_p, other=0.0)[None, :]
@@ -77,21 +73,11 @@ def gram_wgrad_kernel(
         inside = offs_k[:, None] < rows - step * BLOCK_K
         if EVEN_M and EVEN_Q:
             dout = tl.load(dout_base + dout_offs)
+            packed = tl.load(bits_base + bits_offs)
         else:
             dout = tl.load(dout_base + dout_offs, mask=inside & mask_q[None, :], other=0.0)
-        if HAS_BITS:
-            packed = tl.load(
-                mask_base + offs_k[:, None] * row_bytes + offs_b[None, :], inside & mask_b[None, :], other=0
-            )
-            dz = tl.where(unpack_bits(packed), dout, 0.0).to(dout.dtype)
-            mask_base += BLOCK_K * row_bytes
-        else:
-            if EVEN_M and EVEN_Q:
-                out = tl.load(mask_base + dout_offs)
-            else:
-                out = tl.load(mask_base + dout_offs, mask=inside & mask_q[None, :], other=0.0)
-            dz = relu_grad(dout.to(ACC), out.to(ACC)).to(dout.dtype)
-            mask_base += BLOCK_K * Q
+            packed = tl.load(bits_base + bits_offs, mask=inside & (offs_b < row_bytes)[None, :], other=0)
+        dz = tl.where(unpack_bits(packed), dout, 0.0).to(dout.dtype)
         if EVEN_M and EVEN_P:
             y = tl.load(y_base + y_offs)
         else:
@@ -103,6 +89,7 @@ def gram_wgrad_kernel(
             tl.store(dz_base + dout_offs, dz, mask=inside & mask_q[None, :] & (pid_p == 0))
             dz_base += BLOCK_K * Q
         dout_base += BLOCK_K * Q
+        bits_base += BLOCK_K * row_bytes
         y_base += BLOCK_K * P
 
     partial_base = partial_ptr + pid_split.to(tl.int64) * (Q * P + Q)

@@ -27,6 +27,14 @@ def step_offsets(start, count, offs_c, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
+def step_bits(start, count, channels, row_bytes, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same, [ROWS, BLOCK_C / 8], of the bytes of a mask."""
+    block_c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C)
+    offs_b = block_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    return step_offsets(start, count, offs_b, row_bytes, ROWS)
+
+
+@triton.jit
 def fold(values, VECTORS: tl.constexpr):
     """Adds up the row groups of a step, [VECTORS * BLOCK_M, BLOCK_C] -> [BLOCK_M, BLOCK_C].
 

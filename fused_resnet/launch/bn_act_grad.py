@@ -13,6 +13,7 @@ from ..kernels.bn_act_grad import (
 )
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
+from .bits import require_bits
 from .check import accumulation_dtype, require_device, require_image, require_nhwc, require_rows, require_shape
 from .record import launch
 
@@ -28,6 +29,7 @@ def bn_act_grad_reduce(
     config: PassConfig,
     *,
     out: torch.Tensor | None = None,
+    bits: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     residual_stats: torch.Tensor | None = None,
     relu: bool = True,
@@ -35,20 +37,26 @@ def bn_act_grad_reduce(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """dz = dout where the ReLU let it pass, and tiles [2, T, C] of sum dz and sum dz * (y - mean).
 
-    The mask is that of the ReLU's output ``out``, or without one of y * scale + shift. ``residual``, a projection's raw
-    output, and ``residual_stats`` add a third row, sum dz * (residual - its mean). Without ``y`` (frozen statistics)
-    row 1 is zero and ``stats`` is not read. Without a ReLU dz is ``dout`` itself; without ``store_dz`` it is ``None``.
-    Images [N, C, H, W] of one dtype, NHWC memory. ValueError where an operand is missing or does not fit.
+    The mask is ``bits``, or that of the ReLU's output ``out``, or without either of y * scale + shift. ``residual``, a
+    projection's raw output, and ``residual_stats`` add a third row, sum dz * (residual - its mean). Without ``y``
+    (frozen statistics) row 1 is zero and ``stats`` is not read. Without a ReLU dz is ``dout`` itself; without
+    ``store_dz`` it is ``None``. Images [N, C, H, W] of one dtype, NHWC memory. ValueError where
+    an operand is missing or does not fit.
     """
     require_nhwc(dout, "dout")
     channels = dout.shape[1]
     rows = dout.numel() // channels
-    if y is None and relu and out is None:
-        raise ValueError("the mask of the ReLU needs y or out")
+    if out is not None and bits is not None:
+        raise ValueError("the mask of the ReLU is given twice, as out and as bits")
+    has_mask = out is not None or bits is not None
+    if y is None and relu and not has_mask:
+        raise ValueError("the mask of the ReLU needs y, out or bits")
     if (residual is None) != (residual_stats is None):
         raise ValueError("residual and residual_stats come together")
-    if residual is not None and relu and out is None:
-        raise ValueError("with a residual the mask of the ReLU needs out")
+    if residual is not None and relu and not has_mask:
+        raise ValueError("with a residual the mask of the ReLU needs out or bits")
+    if bits is not None:
+        require_bits(bits, dout.shape, dout.device)
     for name, image in (("y", y), ("out", out), ("residual", residual)):
         if image is not None:
             require_image(image, dout.shape, dout, name)
@@ -59,23 +67,24 @@ def bn_act_grad_reduce(
     if residual_stats is not None:
         require_rows(residual_stats, 4, channels, dout, "residual_stats")
 
-    mask = out if relu else None
+    out, bits = (out, bits) if relu else (None, None)
     tiles = ceil_div(rows, config.block_m)
     acc = accumulation_dtype(dout.dtype)
     data = torch.empty((2 if residual is None else 3, tiles, channels), dtype=acc, device=dout.device)
     stored = torch.empty_like(dout, memory_format=torch.channels_last) if relu and store_dz else None
-    images = [t for t in (dout, y, mask, residual, stored) if t is not None]
+    images = [t for t in (dout, y, out, residual, stored) if t is not None]
     vectors, block_m = step(config, dout.element_size(), vectors=2)
     launch(
         bn_act_grad_reduce_kernel,
         (tiles * ceil_div(channels, config.block_c),),
-        touched=(*images, stats if y is not None else None, residual_stats, data),
+        touched=(*images, bits, stats if y is not None else None, residual_stats, data),
         flops=0,
         config=config,
         device=dout.device,
         dout_ptr=dout,
         y_ptr=y,
-        out_ptr=mask,
+        out_ptr=out,
+        bits_ptr=bits,
         residual_ptr=residual,
         stats_ptr=stats,
         residual_stats_ptr=residual_stats,
@@ -83,11 +92,13 @@ def bn_act_grad_reduce(
         tiles_ptr=data,
         rows=rows,
         channels=channels,
+        row_bytes=ceil_div(channels, 8),
         rows_per_tile=config.block_m,
         plane=tiles * channels,
         ACC=_acc(acc),
         HAS_Y=y is not None,
-        HAS_OUT=mask is not None,
+        HAS_OUT=out is not None,
+        HAS_BITS=bits is not None,
         HAS_RESIDUAL=residual is not None,
         APPLY_RELU=relu,
         STORE_DZ=stored is not None,

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..kernels.conv_fprop import conv_fprop_kernel
 from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem
+from .bits import require_bits
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
 from .tiles import StatTiles
@@ -42,13 +43,15 @@ def conv_fprop(
     residual_affine: torch.Tensor | None = None,
     projection: Projection | None = None,
     relu: bool = False,
+    bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, StatTiles | None]:
     """y = epilogue(conv(prologue(x), weight)) [N, Co, P, Q], and with ``stats`` the statistics of y per M tile.
 
     ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale,
     shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] (with
     ``residual_affine`` [2, Co] residual*scale + shift), ``projection`` and ``relu`` make the epilogue, in this order.
-    Raises ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
+    ``bits`` (see :func:`empty_bits`) takes up the ReLU's mask. Raises ValueError for other shapes, dtypes, layouts,
+    groups, or more than 63 taps.
     """
     p = problem
     require_problem(p, x.dtype)
@@ -66,6 +69,10 @@ def conv_fprop(
         require_rows(residual_affine, 2, p.Co, x, "residual_affine")
     if projection is not None:
         _require_projection(projection, p, x)
+    if bits is not None:
+        if not relu:
+            raise ValueError("bits are the mask of a ReLU")
+        require_bits(bits, (p.N, p.Co, p.P, p.Q), x.device)
 
     acc = accumulation_dtype(x.dtype)
     num_m = triton.cdiv(p.M, config.block_m)
@@ -86,6 +93,7 @@ def conv_fprop(
             residual_affine,
             *((projection.sampled_bytes, projection.weight, projection.affine) if projection else ()),
             tiles,
+            bits,
         ),
         flops=p.flops + (projection.problem.flops if projection else 0),
         config=config,
@@ -101,6 +109,7 @@ def conv_fprop(
         projection_w_ptr=projection.weight if projection else None,
         projection_affine_ptr=projection.affine if projection else None,
         tiles_ptr=tiles,
+        bits_ptr=bits,
         M=p.M,
         H=p.H,
         W=p.W,
@@ -131,6 +140,7 @@ def conv_fprop(
         PROJECTION_EVEN_K=projection is not None and projection.problem.Ci % config.block_k == 0,
         APPLY_RELU=relu,
         HAS_STATS=stats,
+        HAS_BITS=bits is not None,
         EVEN_K=p.Ci % config.block_k == 0,
         TRANSPOSED=config.transposed,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,

@@ -8,14 +8,15 @@ import triton.language as tl
 
 from ..kernels.gram_wgrad import gram_wgrad_kernel
 from ..plan.config import GemmConfig
-from .check import accumulation_dtype, dot_precision, require_device, require_image, require_rows, require_shape
+from .bits import require_bits
+from .check import accumulation_dtype, dot_precision, require_image, require_rows
 from .conv_wgrad import add_parts
 from .record import launch
 
 
 def gram_wgrad(
     dout: torch.Tensor,
-    mask: torch.Tensor,
+    bits: torch.Tensor,
     y: torch.Tensor,
     input_affine: torch.Tensor,
     config: GemmConfig,
@@ -24,26 +25,19 @@ def gram_wgrad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(T [q, p], sum dz [q], dz [N, q, H, W] if ``store_dz``): dzᵀ·a with dz = dout below its ReLU, a = relu(bn(y)).
 
-    ``dout`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC of one dtype. ``mask`` says where the ReLU let dout
-    through: its output, like dout, or bits [N*H*W, ceil(q/8)] (uint8, bit j of byte b for channel 8b + j).
-    ``input_affine`` [2, p] is y's scale and shift. T and the sums are float32 (float64 for float64 data), the same
-    from run to run. Raises ValueError for other shapes and dtypes.
+    ``dout`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC of one dtype. ``bits`` (see
+    :func:`empty_bits`) say where the ReLU let dout through. ``input_affine`` [2, p] is y's scale and shift. T and the
+    sums are float32 (float64 for float64 data), the same from run to run. Raises ValueError for other shapes and
+    dtypes.
     """
     if dout.dim() != 4 or y.dim() != 4:
         raise ValueError(f"dout and y must have 4 dimensions, got shapes {tuple(dout.shape)} and {tuple(y.shape)}")
     (N, q, height, width), p = dout.shape, y.shape[1]
     M = N * height * width
-    has_bits = mask.dtype == torch.uint8
     require_image(dout, (N, q, height, width), dout, "dout")
     require_image(y, (N, p, height, width), dout, "y")
     require_rows(input_affine, 2, p, dout, "input_affine")
-    if has_bits:
-        require_shape(mask, (M, triton.cdiv(q, 8)), "mask")
-        require_device(dout.device, mask=mask)
-        if not mask.is_contiguous():
-            raise ValueError(f"mask must be contiguous, got strides {mask.stride()}")
-    else:
-        require_image(mask, (N, q, height, width), dout, "mask")
+    require_bits(bits, dout.shape, dout.device)
 
     acc, ACC = accumulation_dtype(dout.dtype), tl.float64 if dout.dtype == torch.float64 else tl.float32
     elements = q * p + q
@@ -55,12 +49,12 @@ def gram_wgrad(
     launch(
         gram_wgrad_kernel,
         (num_m * num_n, config.split),
-        touched=(dout, mask, y, input_affine, dz, partial),
+        touched=(dout, bits, y, input_affine, dz, partial),
         flops=2 * M * q * p,
         config=config,
         device=dout.device,
         dout_ptr=dout,
-        mask_ptr=mask,
+        bits_ptr=bits,
         y_ptr=y,
         affine_ptr=input_affine,
         dz_ptr=dz,
@@ -68,9 +62,9 @@ def gram_wgrad(
         M=M,
         P=p,
         Q=q,
+        row_bytes=bits.shape[1],
         num_n=num_n,
         rows_per_split=steps * config.block_k,
-        HAS_BITS=has_bits,
         STORE_DZ=store_dz,
         EVEN_M=M % config.block_k == 0,
         EVEN_P=p % config.block_n == 0,

@@ -52,10 +52,10 @@ def _config(
     rows: int, channels: int, itemsize: int, programs: int, *, block_c: int, max_steps: int, interpreter: bool
 ) -> PassConfig:
     if interpreter:
-        block_c = min(next_power_of_2(channels), 512)
+        block_c = min(max(next_power_of_2(channels), 8), 512)
         block_m = min(next_power_of_2(rows), INTERPRETER_ELEMENTS // block_c)
         return PassConfig(block_m, block_c, num_warps=INTERPRETER_WARPS)
-    block_c = min(next_power_of_2(channels), block_c)
+    block_c = min(max(next_power_of_2(channels), 8), block_c)  # a mask's byte holds eight channels
     groups, group = step(PassConfig(rows, block_c), itemsize, vectors=4)
     step_rows = groups * group
     tiles = max(programs // ceil_div(channels, block_c), 1)

@@ -103,11 +103,13 @@ class Plan:
         return self.gram.projection if self.gram else None
 
     @property
-    def reads_out(self) -> bool:
-        """Whether backward reads the output for its ReLU's mask: where the mask does not follow from a raw output y."""
+    def keeps_mask(self) -> bool:
+        """Whether forward writes the last ReLU's mask for backward: where it does not follow from a raw output y."""
         p = self.problem
-        follows_from_y = p is not None and p.batch_statistics and p.residual == "none" and self.gram is None
-        return p is not None and p.relu and not follows_from_y
+        if p is None or not p.relu or not p.backward:
+            return False
+        follows_from_y = p.batch_statistics and p.residual == "none" and self.gram is None
+        return not follows_from_y
 
     def encode(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -222,12 +222,12 @@ def test_opcheck(kind: str, training: bool, backward: bool) -> None:
     torch.library.opcheck(op.chain_forward, (text, momenta, epsilons, x, residual, *tensors))
     if not backward:
         return
-    out, *rest = op.chain_forward(text, momenta, epsilons, x, residual, *tensors)
-    keeps_out = kind != "none" or not training or route == "gram"
+    out, mask, *rest = op.chain_forward(text, momenta, epsilons, x, residual, *tensors)
+    assert (mask.numel() > 0) == (kind != "none" or not training or route == "gram")
     parameters = [[tensors[len(op.FIELDS) * i + field] for i in range(op.SLOTS)] for field in range(3)]
     given = (
         x,
-        out if keeps_out else None,
+        mask,
         *parameters,
         rest[: op.SLOTS],
         rest[op.SLOTS : 2 * op.SLOTS],

@@ -52,13 +52,13 @@ class Chain(staged_case.Chain):
             tensors[first : first + 5] = [*own, part.mean, part.var]
         momenta, epsilons = (0.1,) * len(parts), tuple(p.eps for p in parts)
         x = self.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        out = op.conv_chain(text, momenta, epsilons, True, x, None, tensors)
+        out = op.conv_chain(text, momenta, epsilons, x, None, tensors)
         out.backward(self.dout)
         with torch.no_grad():
-            z, *rest = op.chain_forward(text, momenta, epsilons, x, None, *tensors)
+            z, mask, *rest = op.chain_forward(text, momenta, epsilons, x, None, *tensors)
         assert torch.equal(z, out)
         slots = [*range(count), *([op.SLOTS - 1] if self.projection else [])]
-        saved = Saved(out.detach(), [rest[i] for i in slots], [rest[op.SLOTS + i] for i in slots])
+        saved = Saved(mask, [rest[i] for i in slots], [rest[op.SLOTS + i] for i in slots])
         results: dict[str, Any] = {"z": out.detach(), "dx": x.grad}
         for i, own in enumerate(leaves):
             suffix = "_p" if i == count else str(i)
@@ -68,7 +68,7 @@ class Chain(staged_case.Chain):
             assert y is not None
             scale, shift = stats[2:, None, :, None, None]
             masks.append(numerics.relu_mask(y if self.frozen else y.to(stats.dtype) * scale + shift))
-        return results, [*masks, numerics.relu_mask(saved.out)], saved
+        return results, [*masks, numerics.relu_mask(out.detach())], saved
 
 
 VENDOR: dict[str, Choose] = {

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.bn_act import bn_act
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import PassConfig
 from fused_resnet.plan.passes import pass_config
+from tests.bits import relu_bits
 
 CONFIGS = {
     "small": PassConfig(24, 16, 1),
@@ -60,6 +62,20 @@ def check(shape, dtype, config, residual, relu, device):
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits(shape, config, device):
+    """The mask of the output as stored, NaN and the two zeros included; bits past the last channel are zero."""
+    y, residual = images(shape, torch.float16, device), images(shape, torch.float16, device)
+    stats = statistics(shape[1], torch.float16, device)
+    stats[2:, 0] = 0
+    values = torch.tensor([float("nan"), 0.0, -0.0, 1.0], dtype=torch.float16, device=device)
+    residual[:, 0] = values.repeat(residual[:, 0].numel())[: residual[:, 0].numel()].view_as(residual[:, 0])
+    bits = empty_bits(shape, y.device).fill_(0b10101010)
+    out = bn_act(y, stats, config, residual=residual, bits=bits)
+    assert torch.equal(bits, relu_bits(out))
+
+
 def test_nan_passes_the_relu_and_stays_where_it_is(device):
     y, stats = images((2, 20, 5, 7), torch.float32, device), statistics(20, torch.float32, device)
     clean = bn_act(y, stats, CONFIGS["small"])
@@ -97,5 +113,7 @@ def test_errors(device):
         bn_act(y, stats[:, :4], CONFIGS["small"])
     with pytest.raises(ValueError, match=r"stats must be torch\.float32"):
         bn_act(y, stats.double(), CONFIGS["small"])
+    with pytest.raises(ValueError, match="of a ReLU"):
+        bn_act(y, stats, CONFIGS["small"], relu=False, bits=empty_bits(y.shape, y.device))
     with pytest.raises(ValueError, match="without a residual"):
         bn_act(y, stats, CONFIGS["small"], residual_stats=stats)

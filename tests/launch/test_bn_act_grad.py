@@ -11,6 +11,7 @@ from fused_resnet.launch.bn_stats import bn_finalize, bn_stats
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import PassConfig
 from fused_resnet.plan.passes import pass_config, reduce_config
+from tests.bits import relu_bits
 
 SMALL = PassConfig(24, 16, 1)
 CONFIGS = {"small": SMALL, "odd": PassConfig(7, 8, 1), "interpreter": reduce_config(70, 20, 4, interpreter=True)}
@@ -91,6 +92,22 @@ def check_reduce(shape, dtype, config, device, has_y, has_out, has_residual, rel
     expected_tiles = torch.stack([tile_sums(image, config.block_m) for image in sums])
     assert tiles.dtype == stats.dtype and tiles.shape == expected_tiles.shape
     torch.testing.assert_close(tiles.double(), expected_tiles, rtol=TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["projection", "alone"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_in_place_of_the_output(shape, config, residual, device):
+    """The same gradient and sums, bit by bit; NaN in the output passes."""
+    dout, y, out, shortcut = (images(shape, torch.float32, device) for _ in range(4))
+    out = out.relu()
+    out[0, -1, 0, 0] = float("nan")
+    stats = statistics(shape[1], torch.float32, device)
+    more = {"residual": shortcut, "residual_stats": stats} if residual else {}
+    expected = bn_act_grad_reduce(dout, y, stats, config, out=out, **more)
+    found = bn_act_grad_reduce(dout, y, stats, config, bits=relu_bits(out), **more)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert found[0][0, -1, 0, 0] == dout[0, -1, 0, 0]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, float("nan"), -1.0, 1.0])
@@ -216,13 +233,17 @@ def test_meta_tensors_are_recorded_alone():
 
 def test_errors(device):
     y, stats = images((2, 5, 4, 4), torch.float32, device), statistics(5, torch.float32, device)
-    with pytest.raises(ValueError, match="needs y or out"):
+    with pytest.raises(ValueError, match="needs y, out or bits"):
         bn_act_grad_reduce(y, None, None, SMALL)
+    with pytest.raises(ValueError, match="given twice"):
+        bn_act_grad_reduce(y, y, stats, SMALL, out=y, bits=relu_bits(y))
+    with pytest.raises(ValueError, match="bits must have shape"):
+        bn_act_grad_reduce(y, y, stats, SMALL, bits=relu_bits(y)[:-1])
     with pytest.raises(ValueError, match="y needs stats"):
         bn_act_grad_reduce(y, y, None, SMALL)
     with pytest.raises(ValueError, match="come together"):
         bn_act_grad_reduce(y, y, stats, SMALL, out=y, residual=y)
-    with pytest.raises(ValueError, match="needs out"):
+    with pytest.raises(ValueError, match="needs out or bits"):
         bn_act_grad_reduce(y, y, stats, SMALL, residual=y, residual_stats=stats)
     with pytest.raises(ValueError, match="channels_last"):
         bn_act_grad_reduce(y.contiguous(), y, stats, SMALL)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
+from tests.bits import relu_bits
 
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
 TRANSPOSED = replace(CONFIG, transposed=True)
@@ -178,6 +180,32 @@ def test_nan_poisons_its_own_pixel_alone():
     assert torch.equal(y.isnan(), expected.expand(1, 4, 4, 4))
 
 
+@CONFIGS
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("problem", [*POINTWISE, SPATIAL[0]], ids=str)
+def test_bits(problem, residual, config):
+    """The mask of y as stored, NaN and the two zeros included; bits past the last channel are zero."""
+    x, weight = operands(problem)
+    shortcut = nhwc(problem.N, problem.Co, problem.P, problem.Q, dtype=x.dtype)
+    if residual:
+        weight[problem.Co // 2] = 0
+        values = torch.tensor([float("nan"), 0.0, -0.0, 1.0, float("inf")]).double()
+        shortcut[:, problem.Co // 2] = values.repeat(problem.M)[: problem.M].view(problem.N, problem.P, problem.Q)
+    bits = empty_bits(shortcut.shape, x.device).fill_(0b10101010)
+    y, _ = conv_fprop(x, weight, problem, config, residual=shortcut if residual else None, relu=True, bits=bits)
+    assert torch.equal(bits, relu_bits(y))
+
+
+def test_bits_are_of_the_stored_value():
+    """What float16 rounds to zero lets no gradient through."""
+    problem = ConvProblem(1, 1, 1, 16, 8, dtype="float16")
+    x, weight = (torch.zeros_like(t) for t in operands(problem))
+    affine = torch.tensor([[1.0], [1e-9]]).repeat(1, 8)
+    bits = empty_bits((1, 8, 1, 1), x.device)
+    y, _ = conv_fprop(x, weight, problem, CONFIG, output_affine=affine, relu=True, bits=bits)
+    assert not y.any() and not bits.any()
+
+
 def test_empty_batch():
     problem = ConvProblem(0, 4, 4, 4, 6, 3, 3, padding=(1, 1), dtype="float64")
     y, tiles = conv_fprop(*operands(problem), problem, CONFIG, stats=True)
@@ -210,6 +238,9 @@ def test_meta_tensors_are_only_recorded():
         ({"output_affine": torch.zeros(2, 20).double()}, "output_affine must have shape"),
         ({"residual": torch.zeros(2, 5, 4, 6).double()}, "residual must have shape"),
         ({"residual_affine": torch.zeros(2, 5).double()}, "goes with residual"),
+        ({"bits": torch.zeros(60, 1, dtype=torch.uint8)}, "of a ReLU"),
+        ({"bits": torch.zeros(60, 2, dtype=torch.uint8), "relu": True}, "bits must have shape"),
+        ({"bits": torch.zeros(60, 1), "relu": True}, "bits must be torch.uint8"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, groups=5, dtype="float64")}, "groups"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, 8, 8, padding=(4, 4), dtype="float64")}, "63 taps"),
         ({"problem": ConvProblem(2, 5, 6, 20, 5, 7, 7, dtype="float64")}, "does not fit"),

@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 
 from fused_resnet.kernels.bits import pack_bits, unpack_bits
+from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
+from tests.bits import pack
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 CONFIG = GemmConfig(block_m=32, block_n=32, block_k=16, num_warps=4, split=3)
@@ -29,12 +31,6 @@ def bits_kernel(mask_ptr, packed_ptr, unpacked_ptr, ROWS: tl.constexpr, C: tl.co
     tl.store(unpacked_ptr + offs, unpack_bits(packed).to(tl.int8))
 
 
-def pack(mask):
-    """[M, q] of booleans as [M, ceil(q / 8)] bytes."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (padded.int() << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
-
-
 def nhwc(*shape, dtype):
     return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -43,14 +39,13 @@ def rows(image):
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
-def check(shape, dtype, device, config=CONFIG, *, bits=True, store_dz=True):
+def check(shape, dtype, device, config=CONFIG, *, store_dz=True):
     N, H, W, p, q = shape
     dout, out, y = (nhwc(N, c, H, W, dtype=dtype).to(device) for c in (q, q, p))
     out = out.relu()
     affine = torch.randn(2, p, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
     affine = affine.to(device)
-    mask = pack(rows(out) > 0) if bits else out
-    T, sum_dz, dz = gram_wgrad(dout, mask, y, affine, config, store_dz=store_dz)
+    T, sum_dz, dz = gram_wgrad(dout, pack(rows(out) > 0), y, affine, config, store_dz=store_dz)
 
     expected_dz = torch.where(out > 0, dout, 0.0)
     a = (rows(y).to(affine.dtype) * affine[0] + affine[1]).relu().to(dtype).double()
@@ -65,17 +60,15 @@ def check(shape, dtype, device, config=CONFIG, *, bits=True, store_dz=True):
         assert dz is None
 
 
-@pytest.mark.parametrize("bits", [True, False], ids=["bits", "output"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_the_sums(shape, bits, device):
-    check(shape, torch.float64 if device.type == "cpu" else torch.float32, device, bits=bits)
+def test_against_the_sums(shape, device):
+    check(shape, torch.float64 if device.type == "cpu" else torch.float32, device)
 
 
-@pytest.mark.parametrize("bits", [True, False], ids=["bits", "output"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_lower_precision(dtype, bits, device, monkeypatch):
+def test_lower_precision(dtype, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    check(SHAPES[3], dtype, device, bits=bits)
+    check(SHAPES[3], dtype, device)
 
 
 @pytest.mark.parametrize("split", [1, 2, 40])
@@ -99,16 +92,25 @@ def test_records_on_meta():
         torch.empty(4, c, 28, 28, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
         for c in (512, 128)
     )
-    mask = torch.empty(4 * 784, 64, dtype=torch.uint8, device="meta")
     with record_launches() as launches:
-        T, sum_dz, dz = gram_wgrad(dout, mask, y, torch.empty(2, 128, device="meta"), CONFIG, store_dz=True)
+        T, sum_dz, dz = gram_wgrad(
+            dout, empty_bits(dout.shape, dout.device), y, torch.empty(2, 128, device="meta"), CONFIG, store_dz=True
+        )
     assert (T.shape, sum_dz.shape, dz.shape) == ((512, 128), (512,), dout.shape)
     assert [entry.kernel for entry in launches] == ["gram_wgrad_kernel", "conv_wgrad_reduce_kernel"]
     assert launches[0].flops == 2 * 4 * 784 * 512 * 128
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(70, 7, dtype=torch.uint8), torch.zeros(2, 64, 5, 7)])
-def test_refuses(mask):
+@pytest.mark.parametrize(
+    "bits",
+    [
+        torch.zeros(70, 7, dtype=torch.uint8),
+        torch.zeros(70, 8),
+        torch.zeros(70, 8, dtype=torch.uint8, device="meta"),
+        torch.zeros(8, 70, dtype=torch.uint8).t(),
+    ],
+)
+def test_refuses(bits):
     dout, y = nhwc(2, 64, 5, 7, dtype=torch.float32), nhwc(2, 16, 5, 7, dtype=torch.float32)
-    with pytest.raises(ValueError, match="mask"):
-        gram_wgrad(dout, mask, y, torch.zeros(2, 16), CONFIG, store_dz=False)
+    with pytest.raises(ValueError, match="bits"):
+        gram_wgrad(dout, bits, y, torch.zeros(2, 16), CONFIG, store_dz=False)
