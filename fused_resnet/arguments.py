@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 Pair = tuple[int, int]
 
+RECOMPUTABLE = ("y1",)
+"""What a block can compute again in backward: its first convolution's output, from its input."""
+
 
 class Conv(NamedTuple):
     """A convolution without bias. ``weight``: [Co, Ci / groups, R, S]."""
@@ -147,3 +150,11 @@ def check_count(shape: Sequence[int]) -> None:
     n, _, p, q = shape
     if n * p * q == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+def check_recompute(names: Sequence[str]) -> tuple[str, ...]:
+    """``names`` without repetitions, of what a block can compute again in backward."""
+    unknown = set(names) - set(RECOMPUTABLE)
+    if isinstance(names, str) or unknown:
+        raise ValueError(f"recompute takes a sequence of {', '.join(map(repr, RECOMPUTABLE))}, got {names!r}")
+    return tuple(dict.fromkeys(names))

@@ -28,6 +28,7 @@ from .arguments import (
     check_image,
     check_layer,
     check_layers,
+    check_recompute,
     check_residual,
     conv_of,
     is_autocast,
@@ -79,11 +80,15 @@ def basic_block(
     projection: tuple[Conv, BatchNorm] | None = None,
     *,
     residual: Tensor | None = None,
+    recompute: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
-    """Two conv-BN layers around a ReLU, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself."""
+    """Two conv-BN layers around a ReLU, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself.
+
+    ``recompute=("y1",)``: as in :func:`bottleneck`.
+    """
     check_layers(layers, 2)
-    return _chain(x, layers, projection, residual=residual, identity=True, route=route)
+    return _chain(x, layers, projection, residual=residual, identity=True, recompute=recompute, route=route)
 
 
 def bottleneck(
@@ -92,11 +97,16 @@ def bottleneck(
     projection: tuple[Conv, BatchNorm] | None = None,
     *,
     residual: Tensor | None = None,
+    recompute: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
-    """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual``, or x itself."""
+    """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual``, or x itself.
+
+    ``recompute=("y1",)``: the first convolution's output is not kept for backward, which computes it again. Plain
+    PyTorch, where that is what runs, keeps it all the same.
+    """
     check_layers(layers, 3)
-    return _chain(x, layers, projection, residual=residual, identity=True, route=route)
+    return _chain(x, layers, projection, residual=residual, identity=True, recompute=recompute, route=route)
 
 
 def bn_add_relu(
@@ -170,10 +180,12 @@ def _chain(
     residual: Tensor | None = None,
     identity: bool = False,
     relu: bool = True,
+    recompute: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
+    recompute = check_recompute(recompute)
     dtype = _compute_dtype(x)
     check_image(x)
     shape = tuple(x.shape)
@@ -205,6 +217,7 @@ def _chain(
         training.pop(),
         _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
+        recompute,
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
         return _reference_chain(x, layers, projection, residual, kind, relu)

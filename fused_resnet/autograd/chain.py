@@ -102,6 +102,8 @@ def _chain_forward(
     if decoded.problem.backward:
         for slot, y, s in zip(slots, saved.ys, saved.stats, strict=True):
             ys[slot], stats[slot] = _none(x) if y is None else y, s
+    if "y1" in decoded.problem.recompute:
+        ys[0] = _none(x)
     mask = _no_mask(x) if saved.mask is None else saved.mask
     kept = (saved.input_mean, saved.projection_mean) if decoded.problem.backward else (None, None)
     return out, mask, *ys, *stats, *(_none(x) if mean is None else mean for mean in kept)
@@ -128,6 +130,8 @@ def _chain_forward_fake(
             stats[slot] = torch.empty((4, conv.Co), dtype=dtype, device=x.device)
             if problem.batch_statistics or slot < len(problem.convs) - 1:
                 ys[slot] = _image(x, n, conv.Co, conv.P, conv.Q)
+    if "y1" in problem.recompute:
+        ys[0] = _none(x)
     means = [_none(x), _none(x)]
     unwritten = [(len(problem.convs) - 1, last)] if decoded.gram is not None else []
     if decoded.gram_projection is not None and problem.projection is not None:

@@ -20,7 +20,7 @@ from ..launch.stem_conv import stem_conv_wgrad
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
 from .layer import Layer, LayerGrad, Needs, Passes, Reduced
-from .staged_forward import Saved
+from .staged_forward import Saved, first_again
 
 Tensor = torch.Tensor
 
@@ -109,6 +109,8 @@ def backward(
     wants_projection = plan.projection is not None and (needs_x or needs[-1].any)
     projects_staged = plan.projection is not None and plan.gram_projection is None
     gram = plan.gram is not None and (lowest <= last or (wants_projection and not projects_staged))
+    if "y1" in problem.recompute and (lowest <= 1 or (gram and last == 1)):
+        saved.ys[0] = first_again(plan, layers[0].weight, x, saved.stats[0])
     grads = [LayerGrad()] * len(layers)
     y_projection = saved.ys[-1] if projects_staged and batch else None
     behind = None

@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     statistics their activations (the last one's is the output, and its place is None); ``stats`` are [4, C] rows mean,
     rstd, scale, shift. The projection, if any, comes last in both. On the Gram route the last conv has no output: its
     place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's. The same holds for a projection on it,
-    with ``projection_mean``.
+    with ``projection_mean``. What the plan recomputes arrives as None.
     """
 
     mask: Tensor | None
@@ -115,24 +115,41 @@ def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequ
     assert plan.problem is not None
     passes = Passes(plan)
     stats, mask = [frozen_stats(layer, x) for layer in layers], empty_mask(plan, x)
-
-    def conv_act(
-        conv: ConvPlan, layer: Layer, a: Tensor, s: Tensor, r: Tensor | None, relu: bool, bits: Tensor | None = None
-    ) -> Tensor:
-        if conv.fprop.config is None or conv.problem.is_stem:
-            return passes.act(conv_only(conv, layer.weight, a), s, r, None, relu, bits)
-        weight, config = layer.weight, conv.fprop.config
-        return conv_fprop(a, weight, conv.problem, config, output_affine=s[2:], residual=r, relu=relu, bits=bits)[0]
-
     if plan.projection is not None:
-        residual = conv_act(plan.projection, layers[-1], x, stats[-1], None, False)
+        residual = _conv_act(passes, plan.projection, layers[-1].weight, x, stats[-1], None, False)
     elif plan.problem.residual == "identity":
         residual = x
     a, last = x, len(plan.convs) - 1
     ys: list[Tensor | None] = []
     for i in range(last):
-        a = conv_act(plan.convs[i], layers[i], a, stats[i], None, True)
+        a = _conv_act(passes, plan.convs[i], layers[i].weight, a, stats[i], None, True)
         ys.append(a)
-    out = conv_act(plan.convs[last], layers[last], a, stats[last], residual, plan.problem.relu, mask)
+    out = _conv_act(passes, plan.convs[last], layers[last].weight, a, stats[last], residual, plan.problem.relu, mask)
     ys += [None] * (len(layers) - last)
     return out, Saved(mask, ys, stats)
+
+
+def _conv_act(
+    passes: Passes,
+    conv: ConvPlan,
+    weight: Tensor,
+    a: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """relu(bn(conv(a)) + residual) with statistics that are known: in the convolution's epilogue, where it is ours."""
+    config = conv.fprop.config
+    if config is None or conv.problem.is_stem:
+        return passes.act(conv_only(conv, weight, a), stats, residual, None, relu, mask)
+    return conv_fprop(
+        a, weight, conv.problem, config, output_affine=stats[2:], residual=residual, relu=relu, bits=mask
+    )[0]
+
+
+def first_again(plan: Plan, weight: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    """What forward left of the first convolution in ``Saved.ys``, computed again."""
+    if Passes(plan).batch:
+        return conv_only(plan.convs[0], weight, x)
+    return _conv_act(Passes(plan), plan.convs[0], weight, x, stats, None, True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -46,14 +47,22 @@ class BasicBlock(reference.BasicBlock):
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
     norm_layer=None)``. Input [N, inplanes, H, W], output [N, planes, ceil(H / stride), ceil(W / stride)]. Children that
     carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
+    ``recompute=("y1",)``, also an attribute: see :func:`fused_resnet.functional.bottleneck`.
     """
+
+    recompute: tuple[str, ...] = ()
+
+    def __init__(self, *arguments: Any, recompute: Sequence[str] = (), **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.recompute = functional.check_recompute(recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2))
         if pairs is None:
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
-        return functional.basic_block(x, [_layer(pair) for pair in pairs], projection, residual=residual)
+        layers = [_layer(pair) for pair in pairs]
+        return functional.basic_block(x, layers, projection, residual=residual, recompute=self.recompute)
 
 
 class Bottleneck(reference.Bottleneck):
@@ -62,11 +71,19 @@ class Bottleneck(reference.Bottleneck):
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
     norm_layer=None)``. Input [N, inplanes, H, W], output [N, 4 * planes, ceil(H / stride), ceil(W / stride)]. Children
     that carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
+    ``recompute=("y1",)``, also an attribute: see :func:`fused_resnet.functional.bottleneck`.
     """
+
+    recompute: tuple[str, ...] = ()
+
+    def __init__(self, *arguments: Any, recompute: Sequence[str] = (), **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.recompute = functional.check_recompute(recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
         if pairs is None:
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
-        return functional.bottleneck(x, [_layer(pair) for pair in pairs], projection, residual=residual)
+        layers = [_layer(pair) for pair in pairs]
+        return functional.bottleneck(x, layers, projection, residual=residual, recompute=self.recompute)

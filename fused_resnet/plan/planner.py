@@ -178,6 +178,7 @@ def chain_plan_text(
     batch_statistics: bool,
     backward: bool,
     route: str,
+    recompute: tuple[str, ...] = (),
 ) -> tuple[str, str, str]:
     """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, and why.
 
@@ -189,7 +190,8 @@ def chain_plan_text(
     found = current(device)
     if found is None:
         return "", "reference", why_not(device) or "no target"
-    return _chain_text(found, route, dtype, shape, convs, projection, residual, relu, batch_statistics, backward)
+    problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute)
+    return _chain_text(found, route, *problem)
 
 
 @lru_cache(maxsize=4096)
@@ -208,6 +210,7 @@ def chain_problem(
     relu: bool,
     batch_statistics: bool,
     backward: bool,
+    recompute: tuple[str, ...] = (),
 ) -> ChainProblem:
     """The problem of a chain whose convolutions follow each other over an input of ``shape``."""
 
@@ -221,7 +224,7 @@ def chain_problem(
         problems.append(conv(size, geometry))
         size = (size[0], problems[-1].Co, problems[-1].P, problems[-1].Q)
     shortcut = conv(shape, projection) if projection else None
-    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward)
+    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward, recompute)
 
 
 @torch.compiler.assume_constant_result

@@ -70,6 +70,7 @@ class ChainProblem:
     ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or
     "given" (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
     ``batch_statistics`` tells training-mode BN from frozen ones; ``backward`` whether a gradient may be asked for.
+    ``recompute`` names what backward computes again rather than keep: "y1", the first convolution's output.
     """
 
     convs: tuple[ConvProblem, ...]
@@ -78,6 +79,7 @@ class ChainProblem:
     relu: bool = True
     batch_statistics: bool = True
     backward: bool = True
+    recompute: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ def decode(text: str) -> Plan:
         problem = fields["problem"]
         convs = tuple(_conv_problem(conv) for conv in problem["convs"])
         projection = _conv_problem(problem["projection"]) if problem["projection"] else None
-        fields["problem"] = ChainProblem(**{**problem, "convs": convs, "projection": projection})
+        recompute = tuple(problem["recompute"])
+        fields["problem"] = ChainProblem(
+            **{**problem, "convs": convs, "projection": projection, "recompute": recompute}
+        )
     fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
     fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
     if fields["gram"]:
