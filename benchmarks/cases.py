@@ -160,7 +160,7 @@ class ConvCase:
                 return stem_conv_fprop(t["x"], t["w"], self.problem, config, stats=self.stats)
             return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
         if self.kind == "gram":
-            return gram(t["x"], t["affine"], config)
+            return gram(t["x"], t["affine"], config)[:2]
         if self.masked:
             found, *tiles = gram_wgrad(t["dy"], t["bits"], t["x"], t["affine"], config, store_dz=True)
             return found.view(t["w"].shape), tiles

@@ -74,7 +74,7 @@ class ProjectionCase(ConvCase):
     def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
         p = self.problem
         if self.kind == "gram":
-            return gram(t["x"], None, config, stride=p.stride)
+            return gram(t["x"], None, config, stride=p.stride)[:2]
         if self.kind == "wgrad":
             return conv_wgrad(t["x"], t["dy"], p, config, out_dtype=self.dtype), None
         if self.kind == "dgrad":
@@ -83,7 +83,7 @@ class ProjectionCase(ConvCase):
         assert self.joins is not None
         joining = Projection(t["block_input"], t["projection"], self.joins, t["projection_affine"])
         affines = {"input_affine": t["affine"], "output_affine": t["output_affine"]}
-        return conv_fprop(t["x"], t["w"], p, config, **affines, projection=joining, relu=True)
+        return conv_fprop(t["x"], t["w"], p, config, **affines, projection=joining, relu=True, bits=t["bits"])
 
     def vendor(self, t: Tensors) -> torch.Tensor:
         if self.kind == "gram":
