@@ -89,15 +89,23 @@ class OfflineDriver:
         return 0
 
 
+def mock(value: Any) -> Any:
+    """An argument as the compiler takes it where there is no tensor: a dtype stands for one, in tuples too."""
+    import torch
+    from triton.runtime.jit import MockTensor
+
+    if isinstance(value, tuple):
+        return type(value)(*map(mock, value))
+    return MockTensor(value) if isinstance(value, torch.dtype) else value
+
+
 def compile_call(call: Any, sm: int) -> Compiled:
     """Compiles one captured launch through Triton's own path, so that it specialises as at run time."""
-    import torch
     from triton.runtime import driver
-    from triton.runtime.jit import MockTensor
 
     driver.set_active(OfflineDriver(sm))
     kernel = getattr(importlib.import_module(call.module), call.kernel)
-    arguments = {n: MockTensor(v) if isinstance(v, torch.dtype) else v for n, v in call.arguments}
+    arguments = {n: mock(v) for n, v in call.arguments}
     options = dict(call.options)
     constants = {n: v for n, v in call.arguments if n in call.constants}
     shown = " ".join(f"{n}={v}" for n, v in constants.items() if v is not False and n not in ("ACC", "PRECISION"))

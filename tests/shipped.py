@@ -6,19 +6,23 @@ compiled by ``compile_audit`` is exactly what a GPU would be asked to compile.
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import pkgutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-import fused_resnet.launch
 from benchmarks.problems import Layer, layers
-from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, cast, gram, nhwc, record, stem_conv, stem_pool
+from fused_resnet.launch import (
+    bn_act,
+    bn_act_grad,
+    bn_stats,
+    bottleneck_single,
+    cast,
+    gram,
+    nhwc,
+    stem_conv,
+    stem_pool,
+)
 from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
@@ -32,94 +36,7 @@ from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 from fused_resnet.plan.plans import ChainProblem
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import Target
-
-MOST_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Call:
-    """One launch: the kernel, its arguments (tensors as dtypes), the compiler's options, and what it was part of."""
-
-    module: str
-    kernel: str
-    arguments: tuple[tuple[str, Any], ...]
-    options: tuple[tuple[str, int], ...]
-    constants: frozenset[str]
-    where: str
-    measured: bool
-    """Whether its tile was the fastest of those that were measured on this GPU, for some layer."""
-
-    def key(self, exact: bool = True) -> tuple[Any, ...]:
-        """What distinguishes two compilations. ``exact`` also tells apart the integers that Triton specialises on."""
-        described = tuple(
-            (name, value if name in self.constants else _specialisation(value, exact)) for name, value in self.arguments
-        )
-        return (self.kernel, str(described), self.options)
-
-    def value(self, name: str) -> Any:
-        return dict(self.arguments).get(name)
-
-    @property
-    def is_gemm(self) -> bool:
-        return self.value("BLOCK_K") is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations: the first tensor of a GEMM."""
-        return next(value for _, value in self.arguments if isinstance(value, torch.dtype))
-
-
-def _specialisation(value: Any, exact: bool) -> str:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return str(value) if isinstance(value, torch.dtype) or value is None else type(value).__name__
-    width = "i32" if -MOST_INT32 <= value <= MOST_INT32 else "i64"
-    if not exact:
-        return width
-    return "1" if value == 1 else width + ("/16" if value % 16 == 0 else "")
-
-
-class Capture:
-    """Stands in for ``record.launch`` in every launcher."""
-
-    def __init__(self, target: Target) -> None:
-        self.calls: dict[tuple[Any, ...], Call] = {}
-        self.where = ""
-        table = tables.TABLES.get(tables.gpu_slug(target.name), {})
-        self.measured = {entry.ours for passes in table.values() for entry in passes.values()}
-
-    def __call__(
-        self, kernel: Any, grid: Any, *, touched: Any, flops: int, config: Any, device: Any, **arguments: Any
-    ) -> None:
-        options = {"num_warps": config.num_warps}
-        if isinstance(config, GemmConfig):
-            options["num_stages"] = config.num_stages
-            if config.maxnreg is not None:
-                options["maxnreg"] = config.maxnreg
-        call = Call(
-            kernel.fn.__module__,
-            kernel.fn.__name__,
-            tuple((n, v.dtype if isinstance(v, torch.Tensor) else v) for n, v in arguments.items()),
-            tuple(sorted(options.items())),
-            frozenset(p.name for p in kernel.params if p.is_constexpr),
-            self.where,
-            config in self.measured,
-        )
-        self.calls.setdefault(call.key(), call)
-
-    @contextmanager
-    def intercepting(self) -> Iterator[None]:
-        modules = [
-            importlib.import_module(info.name)
-            for info in pkgutil.iter_modules(fused_resnet.launch.__path__, "fused_resnet.launch.")
-        ]
-        users = [module for module in modules if getattr(module, "launch", None) is record.launch]
-        for module in users:
-            module.launch = self  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            for module in users:
-                module.launch = record.launch  # type: ignore[attr-defined]
+from tests.capture import Call, Capture
 
 
 def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
@@ -277,6 +194,28 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, scales=scales, stride=p.stride)
 
 
+def _single(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    """A whole bottleneck that ends with the 1x1 ``p``, after an input of as many channels or behind a projection."""
+    for ci, projects in ((p.Co, False), (p.Ci, True)):
+        first = replace(p, Ci=ci, Co=p.Ci)
+        convs = (first, replace(p, Co=p.Ci, R=3, S=3, padding=(1, 1)), p)
+        projection = replace(p, Ci=ci) if projects else None
+        problem = ChainProblem(convs, projection, "projection" if projects else "identity", True, False, False)
+        config = planner.plan_chain(problem, target, "single").single
+        if config is None:
+            return
+
+        def layer(conv: ConvProblem) -> bottleneck_single.FrozenLayer:
+            row = _rows(1, conv.Co)[0]
+            weight = _image(conv.Co, conv.Ci, conv.R, conv.S, dtype)
+            return bottleneck_single.FrozenLayer(weight, row, row, row, row, 1e-5)
+
+        x = _image(p.N, ci, p.H, p.W, dtype)
+        shortcut = {"projection": layer(projection)} if projection else {"residual": x}
+        layers = (layer(convs[0]), layer(convs[1]), layer(convs[2]))
+        bottleneck_single.bottleneck_single(x, layers, problem, config, **shortcut)
+
+
 def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     x, w, dy = (
         _image(p.N, p.Ci, p.H, p.W, dtype),
@@ -311,6 +250,7 @@ def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
         _wgrad(p, first, target, dtype)
         if role == "conv3":
             _gram(p, target, dtype)
+            _single(p, target, dtype)
         if role == "projection":
             _gram_projection(p, target, dtype)
     _weights(p, dtype)

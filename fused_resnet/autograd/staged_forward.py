@@ -18,6 +18,7 @@ from ..launch.stem_conv import stem_conv_fprop
 from ..launch.tiles import StatTiles
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
+from . import single as single_route
 from .layer import Layer, Passes, empty_mask, finalize, frozen_stats
 
 Tensor = torch.Tensor
@@ -70,6 +71,8 @@ def conv_raw(
 def forward(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:
     """The output, and what backward needs. ``layers``: one per conv of the plan, then the projection's if any."""
     assert plan.problem is not None
+    if plan.single is not None:
+        return single_route.forward(plan, x, residual, layers), Saved(None, [], [])
     run = _forward_batch if plan.problem.batch_statistics else _forward_frozen
     return run(plan, x, residual, layers)
 

@@ -44,6 +44,21 @@ class PassConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class SingleConfig(GemmConfig):
+    """Tile of a whole bottleneck: ``tile_p`` x ``tile_q`` pixels of its output in ``block_m`` rows.
+
+    The first convolution runs on ``block_halo`` pixels at a time, the last on ``block_n`` channels; ``block_k`` of the
+    input's channels make one step.
+    """
+
+    block_halo: int = 64
+    tile_p: int = 8
+    tile_q: int = 8
+    programs: int = 264
+    """How many there are at most, each with a scratch of its own."""
+
+
 MOST_TAPS = 63
 """The taps of a filter whose validity fits the bits of one integer per row."""
 

@@ -14,6 +14,7 @@ from .gram_dgrad import gram_dgrad_config
 from .gram_wgrad import gram_wgrad_config
 from .plans import ChainProblem, Choice, ConvPlan, GramPlan, GramProjection, Plan
 from .problem import ConvProblem
+from .single import single_config, why_not_single
 from .split import ELEMENT_BYTES, wgrad_split
 from .target import Target, current, why_not
 
@@ -23,25 +24,41 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
     reason = "asked for" if route == "reference" else _why_not(problem, target)
     if reason:
         return Plan("reference", reason)
+    taken, reason = _route(problem, route)
     gram = None
-    reason = "the staged route was asked for" if route == "staged" else _why_not_gram(problem, route)
-    if not reason:
-        reason, projection = "the last convolution widens: its output need not exist", problem.projection
+    if taken == "gram":
+        projection = problem.projection
         if projection is not None:
             why_staged = _why_not_gram_projection(projection, route)
             reason += f"; the projection's does: {why_staged}" if why_staged else ", nor the projection's"
             projection = None if why_staged else projection
         gram = _gram_plan(problem.convs[-1], target, projection)
     return Plan(
-        route="gram" if gram else "staged",
+        route=taken,
         reason=reason,
         gram=gram,
+        single=single_config(problem, target) if taken == "single" else None,
         problem=problem,
         convs=tuple(plan_conv(conv, target, first=i == 0) for i, conv in enumerate(problem.convs)),
         projection=plan_conv(problem.projection, target, first=True) if problem.projection else None,
         sm_count=target.sm_count,
         interpreter=target.interpreter,
     )
+
+
+def _route(problem: ChainProblem, asked: str) -> tuple[str, str]:
+    """The route of a chain that the kernels take, and why it is that one, or why it is not the one asked for."""
+    if asked == "staged":
+        return "staged", "the staged route was asked for"
+    refusals = {"single": why_not_single(problem, asked), "gram": _why_not_gram(problem, asked)}
+    taken = next((route for route, refusal in refusals.items() if not refusal), "staged")
+    if refusals.get(asked):
+        return taken, refusals[asked]
+    if taken == "single":
+        return taken, "with frozen statistics the whole block is one launch"
+    if taken == "gram":
+        return taken, "the last convolution widens: its output need not exist"
+    return taken, refusals["gram"] if problem.batch_statistics else "; ".join(dict.fromkeys(refusals.values()))
 
 
 def _why_not(problem: ChainProblem, target: Target) -> str:

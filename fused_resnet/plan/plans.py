@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from .config import GemmConfig
+from .config import GemmConfig, SingleConfig
 from .problem import ConvProblem
 
 
@@ -86,8 +86,9 @@ class ChainProblem:
 class Plan:
     """A route with its reason; where the route is not "reference", also who runs each convolution.
 
-    ``gram`` is there on the route "gram" and stands for the last convolution's part of ``convs``. ``sm_count`` and
-    ``interpreter`` describe the target as the bandwidth-bound passes need to know it.
+    ``gram`` is there on the route "gram" and stands for the last convolution's part of ``convs``; ``single``, on the
+    route "single", stands for all. ``sm_count`` and ``interpreter`` describe the target as the bandwidth-bound passes
+    need to know it.
     """
 
     route: str
@@ -96,6 +97,7 @@ class Plan:
     convs: tuple[ConvPlan, ...] = ()
     projection: ConvPlan | None = None
     gram: GramPlan | None = None
+    single: SingleConfig | None = None
     sm_count: int = 132
     interpreter: bool = False
 
@@ -155,4 +157,6 @@ def decode(text: str) -> Plan:
         fields["gram"] = GramPlan(
             **_configs(fields["gram"]), projection=GramProjection(**_configs(projected)) if projected else None
         )
+    if fields["single"]:
+        fields["single"] = SingleConfig(**fields["single"])
     return Plan(**fields)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-ROUTES = ("auto", "gram", "staged", "reference")
+ROUTES = ("auto", "single", "gram", "staged", "reference")
 
 
 class RouteRequest(NamedTuple):
@@ -45,9 +45,10 @@ def use_route(route: str, strict: bool = False) -> Iterator[None]:
     """Asks every fused operation called inside, on this thread, to take ``route``.
 
     "auto" lets the planner choose; "staged" runs the Triton kernels of the staged path; "gram" those by which the last
-    convolution of a bottleneck never writes its output; "reference" runs plain PyTorch. An operation that cannot take
-    the route runs "auto" instead; with ``strict=True`` it raises :class:`RouteUnavailableError` with the reason. Read
-    in forward only: backward keeps what forward chose.
+    convolution of a bottleneck never writes its output; "single" one kernel for a whole bottleneck with frozen
+    statistics, where no gradient is asked for; "reference" runs plain PyTorch. An operation that cannot take the route
+    runs "auto" instead; with ``strict=True`` it raises :class:`RouteUnavailableError` with the reason. Read in forward
+    only: backward keeps what forward chose.
     """
     before = _requests.current
     _requests.current = RouteRequest(check_route(route), strict)
