@@ -63,7 +63,8 @@ DGRAD_FORMED = (
     Tile(128, 256, 64, 8, 3, prefetch=True), Tile(64, 128, 64, 4, 3, prefetch=True), Tile(64, 256, 32, 4, 4),
     Tile(128, 128, 64, 8, 3, maxnreg=128, prefetch=True), Tile(64, 256, 32, 4, 4, prefetch=True),
     Tile(128, 256, 64, 8, 4), Tile(128, 64, 64, 4, 3, prefetch=True), Tile(128, 128, 64, 8, 3, T, 128),
-    Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 5, maxnreg=128), Tile(128, 32, 64, 4, 3),
+    Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 5, maxnreg=128), Tile(256, 128, 64, 8, 3),
+    Tile(128, 32, 64, 4, 3),
 )  # fmt: skip
 DGRAD = (
     Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3, T, 128), Tile(128, 64, 64, 4, 3, T), Tile(128, 256, 64, 8, 3),
@@ -97,7 +98,7 @@ FPROP_PROJECTION = (
 GRAM_DGRAD = (
     Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3),
     Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 6, maxnreg=128), Tile(128, 64, 32, 4, 6),
-    Tile(256, 64, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4),
+    Tile(256, 128, 64, 8, 4), Tile(256, 64, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4),
 )  # fmt: skip
 # gram_wgrad: output channels, input channels, rows, warps, stages. dout is read once for every tile of input channels.
 GRAM_WGRAD = (
