@@ -69,7 +69,9 @@ class ConvCase:
         """Configurations worth measuring, the planner's default first."""
         if self.gram and (self.kind in ("dgrad", "gram") or self.masked):
             return gram_candidates(self.problem, self.kind, target)
-        return candidates(self.problem, self.kind, target, formed=self.formed or (self.gram and self.kind == "wgrad"))
+        formed = self.formed or (self.gram and self.kind == "wgrad")
+        found = candidates(self.problem, self.kind, target, formed=formed)
+        return [config for config in found if config.form == "rows" or not self.residual]  # boxes take none
 
     @property
     def bytes(self) -> int:

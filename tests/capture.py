@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_resnet.launch
 from fused_resnet.launch import record
@@ -18,6 +19,19 @@ from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.target import Target
 
 MOST_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What is compiled of a tensor descriptor: its sizes are read when the kernel runs."""
+
+    dtype: torch.dtype
+    block: list[int]
+
+    def made(self) -> TensorDescriptor:
+        """One of a tensor that is a single block."""
+        base = torch.empty(self.block, dtype=self.dtype, device="meta")
+        return TensorDescriptor.from_tensor(base, self.block)
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,14 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations: the first tensor of a GEMM."""
-        return next(value for _, value in self.arguments if isinstance(value, torch.dtype))
+        first = next(value for _, value in self.arguments if isinstance(value, torch.dtype | Descriptor))
+        return first.dtype if isinstance(first, Descriptor) else first
 
 
 def _described(value: Any) -> Any:
     """Tensors as their dtypes, in tuples too."""
+    if isinstance(value, TensorDescriptor):
+        return Descriptor(value.base.dtype, value.block_shape)
     if isinstance(value, tuple):
         return type(value)(*map(_described, value))
     return value.dtype if isinstance(value, torch.Tensor) else value
@@ -64,7 +81,7 @@ def _specialisation(value: Any, exact: bool) -> str:
     if isinstance(value, tuple):
         return ", ".join(_specialisation(item, exact) for item in value)
     if isinstance(value, bool) or not isinstance(value, int):
-        return str(value) if isinstance(value, torch.dtype) or value is None else type(value).__name__
+        return str(value) if isinstance(value, torch.dtype | Descriptor) or value is None else type(value).__name__
     width = "i32" if -MOST_INT32 <= value <= MOST_INT32 else "i64"
     if not exact:
         return width

@@ -27,6 +27,8 @@ BLOCK_SHARED = {80: 166_912, 90: 232_448}
 SM_SHARED = {80: 167_936, 90: 233_472}
 SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "gram_reduce")
 """Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
+DESCRIBED = ("box_", "walk_")
+"""Kernels that read by tensor descriptors: for sm_90 alone."""
 REGISTERS = 65_536
 PARKED = 16
 """Bytes a thread: ptxas now and then parks an address or two across the main loop, which costs nothing."""
@@ -94,6 +96,10 @@ def mock(value: Any) -> Any:
     import torch
     from triton.runtime.jit import MockTensor
 
+    from tests.capture import Descriptor
+
+    if isinstance(value, Descriptor):
+        return value.made()
     if isinstance(value, tuple):
         return type(value)(*map(mock, value))
     return MockTensor(value) if isinstance(value, torch.dtype) else value

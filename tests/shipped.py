@@ -30,6 +30,7 @@ from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
+from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.gram_wgrad import gram_wgrad_config
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
@@ -55,6 +56,9 @@ def configurations(problem: ConvProblem, kind: str, target: Target) -> list[Gemm
     found += [
         e.ours for name, e in measured.items() if e.ours and name.partition("+")[0] == kind and name not in others
     ]
+    if problem.is_same_3x3:  # one of each form, beside what was measured
+        boxes = [config for config in candidates(problem, kind, target) if config.form != "rows"]
+        found += {config.form: config for config in reversed(boxes)}.values()
     return [config for config in dict.fromkeys(found) if supports(problem, kind, target, config)[0]]
 
 
@@ -65,6 +69,8 @@ def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
         prologue = None if first or not p.is_pointwise else _rows(2, p.Ci)
         conv_fprop(x, w, p, config, input_affine=prologue, stats=True)
         conv_fprop(x, w, p, config)
+        if config.form != "rows":
+            continue
         for bits in (None, empty_bits(out.shape, out.device)):
             conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), relu=True, bits=bits)
             conv_fprop(x, w, p, config, output_affine=_rows(2, p.Co), residual=out, relu=True, bits=bits)
@@ -82,10 +88,12 @@ def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, d
             if role == "projection":
                 conv_dgrad(dy, w, p, config, **prologue)
             elif role == "conv1":
+                conv_dgrad(dy, w, p, config, **prologue)
+                if config.form != "rows":
+                    continue
                 conv_dgrad(dy, w, p, config, **prologue, residual=x)
                 compact = _image(p.N, p.Ci, -(-p.H // stride[0]), -(-p.W // stride[1]), dtype)
                 conv_dgrad(dy, w, p, config, **prologue, residual=compact, residual_stride=stride)
-                conv_dgrad(dy, w, p, config, **prologue)
             else:
                 stats = _rows(4, p.Ci) if prologue is batch else None
                 conv_dgrad(dy, w, p, config, **prologue, mask_input=x, mask_stats=stats)

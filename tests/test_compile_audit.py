@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile_audit import HEADER, Compiled, in_subprocess, wide_rows
+from tests.compile_audit import DESCRIBED, HEADER, Compiled, in_subprocess, wide_rows
 
 FOLDER = Path(__file__).parent.parent / "fused_resnet" / "kernels"
 KERNELS = {name for file in FOLDER.glob("*.py") for name in re.findall(r"def (\w+_kernel)\(", file.read_text())}
@@ -25,7 +25,8 @@ def refused(found: list[Compiled]) -> str:
 @pytest.mark.parametrize("sm", [80, 90])
 def test_every_kernel_in_bfloat16(sm):
     found = in_subprocess(["--covering", "--sm", str(sm), "--dtypes", "bfloat16"])
-    assert {c.kernel for c in found} == KERNELS, "tests/shipped.py must launch every kernel"
+    here = {name for name in KERNELS if sm >= 90 or not name.startswith(DESCRIBED)}
+    assert {c.kernel for c in found} == here, "tests/shipped.py must launch every kernel"
     assert not any(c.failures for c in found), refused(found)
     assert any(c.wgmma for c in found) == (sm == 90)
 

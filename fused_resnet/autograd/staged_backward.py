@@ -224,8 +224,12 @@ def input_grad(
     residual_stride: tuple[int, int],
 ) -> Tensor:
     """dx of the chain's first conv, the residual branch's share added."""
-    if conv.dgrad.config is None:
-        dx = vendor.conv_dgrad(grad.dz, x, weight, conv.problem)
+    config = conv.dgrad.config
+    if config is None or (config.form != "rows" and residual is not None):
+        if config is None:
+            dx = vendor.conv_dgrad(grad.dz, x, weight, conv.problem)
+        else:
+            dx, _ = conv_dgrad(grad.dz, weight, conv.problem, config)
         if residual is not None:
             dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
             note("add_residual_grad", 0, (residual, residual, residual), {})
@@ -234,7 +238,7 @@ def input_grad(
         grad.dz,
         weight,
         conv.problem,
-        conv.dgrad.config,
+        config,
         y=grad.y,
         coeffs=grad.coeffs,
         residual=residual,

@@ -144,7 +144,7 @@ def _conv_act(
 ) -> Tensor:
     """relu(bn(conv(a)) + residual) with statistics that are known: in the convolution's epilogue, where it is ours."""
     config = conv.fprop.config
-    if config is None or conv.problem.is_stem:
+    if config is None or conv.problem.is_stem or config.form != "rows":
         return passes.act(conv_only(conv, weight, a), stats, residual, None, relu, mask)
     return conv_fprop(
         a, weight, conv.problem, config, output_affine=stats[2:], residual=residual, relu=relu, bits=mask

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..kernels.conv_dgrad import conv_dgrad_kernel
 from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem, Pair
+from .box_conv import box_conv_dgrad
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
 
@@ -35,9 +36,13 @@ def conv_dgrad(
     W] zeroes the result where mask_input*scale + shift <= 0 (``mask_stats`` [4, Ci]; without, where mask_input
     <= 0); the tiles hold sum dz and sum dz*(mask_input - mean) (without mask_stats: zero). Instead of it,
     ``residual`` is added: [N, Ci, H, W], or [N, Ci, ceil(H/s_h), ceil(W/s_w)] at every ``residual_stride``-th
-    pixel. Raises ValueError for anything else.
+    pixel. ``config.form`` "box" and "walk": see box_conv. Raises ValueError for anything else.
     """
     p = problem
+    if config.form != "rows":
+        if not (y is None and coeffs is None and residual is None):
+            raise ValueError("in boxes a gradient is masked at most: no prologue, no residual")
+        return box_conv_dgrad(dy, weight, p, config, mask_input=mask_input, mask_stats=mask_stats)
     require_problem(p, dy.dtype)
     require_image(dy, (p.N, p.Co, p.P, p.Q), dy, "dy")
     require_image(weight, (p.Co, p.Ci, p.R, p.S), dy, "weight")

@@ -12,6 +12,7 @@ from ..kernels.conv_fprop import conv_fprop_kernel
 from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem
 from .bits import require_bits
+from .box_conv import box_conv_fprop
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
 from .tiles import StatTiles
@@ -50,10 +51,15 @@ def conv_fprop(
     ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, R, S] are dense NHWC of one dtype. ``input_affine`` [2, Ci] (scale,
     shift) makes the prologue relu(x*scale + shift); ``output_affine`` [2, Co], ``residual`` [N, Co, P, Q] (with
     ``residual_affine`` [2, Co] residual*scale + shift), ``projection`` and ``relu`` make the epilogue, in this order.
-    ``bits`` (see :func:`empty_bits`) takes up the ReLU's mask. Raises ValueError for other shapes, dtypes, layouts,
-    groups, or more than 63 taps.
+    ``bits`` (see :func:`empty_bits`) takes up the ReLU's mask. ``config.form`` "box" and "walk": see box_conv. Raises
+    ValueError for other shapes, dtypes, layouts, groups, or more than 63 taps.
     """
     p = problem
+    if config.form != "rows":
+        others = (input_affine, output_affine, residual, residual_affine, projection, bits)
+        if relu or any(other is not None for other in others):
+            raise ValueError("in boxes a convolution takes statistics at most: no prologue, no other epilogue")
+        return box_conv_fprop(x, weight, p, config, stats=stats)
     require_problem(p, x.dtype)
     require_image(x, (p.N, p.Ci, p.H, p.W), x, "x")
     require_image(weight, (p.Co, p.Ci, p.R, p.S), x, "weight")

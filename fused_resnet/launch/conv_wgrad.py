@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.conv_wgrad import conv_wgrad_kernel, conv_wgrad_reduce_kernel
-from ..plan.config import GemmConfig, PassConfig
+from ..kernels.conv_wgrad import conv_wgrad_kernel
+from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem
+from .box_wgrad import box_wgrad
 from .check import accumulation_dtype, dot_precision, require_image, require_rows
+from .parts import add_parts
 from .record import launch
 
 
@@ -30,9 +32,13 @@ def conv_wgrad(
     [2, Ci] makes relu(x * scale + shift) the input; ``coeffs`` [3, Co] makes A * dy + B * y + C the gradient, A * dy
     without ``y``. Both are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
     per tile. ``config.row_taps`` = 3 gives one program the three taps of a row of a filter three wide: a third of the
-    loads of dy for three times the accumulators. Raises ValueError on groups, on another layout, on ``y`` without
-    ``coeffs``.
+    loads of dy for three times the accumulators. ``config.form`` "box": see box_wgrad. Raises ValueError on groups, on
+    another layout, on ``y`` without ``coeffs``.
     """
+    if config.form != "rows":
+        if not (input_affine is None and y is None and coeffs is None):
+            raise ValueError("in boxes both operands are read as they are: nothing is formed on load")
+        return box_wgrad(x, dy, problem, config, out_dtype=out_dtype)
     if problem.groups != 1:
         raise ValueError(f"conv_wgrad takes one group, not {problem.groups}")
     row_taps = config.row_taps
@@ -110,26 +116,3 @@ def conv_wgrad(
     if config.split > 1:
         add_parts(partial, dw)
     return dw
-
-
-def add_parts(partial: torch.Tensor, total: torch.Tensor) -> None:
-    """``total`` [elements] = the sum of ``partial`` [split, elements] over its parts, always in the same order."""
-    split, elements = partial.shape
-    # Few elements with many parts, or the reverse: 2048 partials a program either way.
-    block_s = min(32, triton.next_power_of_2(split))
-    config = PassConfig(block_m=block_s, block_c=2048 // block_s)
-    launch(
-        conv_wgrad_reduce_kernel,
-        (triton.cdiv(elements, config.block_c),),
-        touched=(partial, total),
-        flops=0,
-        config=config,
-        device=partial.device,
-        partial_ptr=partial,
-        dw_ptr=total,
-        split=split,
-        elements=elements,
-        BLOCK_S=config.block_m,
-        BLOCK_N=config.block_c,
-        ACC=tl.float64 if partial.dtype == torch.float64 else tl.float32,
-    )

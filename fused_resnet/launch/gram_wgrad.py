@@ -10,7 +10,7 @@ from ..kernels.gram_wgrad import gram_wgrad_kernel
 from ..plan.config import GemmConfig
 from .bits import require_bits
 from .check import accumulation_dtype, dot_precision, require_image, require_rows
-from .conv_wgrad import add_parts
+from .parts import add_parts
 from .record import launch
 
 

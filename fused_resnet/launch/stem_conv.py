@@ -10,7 +10,7 @@ from ..kernels.stem_conv import stem_conv_fprop_kernel, stem_conv_wgrad_kernel, 
 from ..plan.config import GemmConfig, PassConfig
 from ..plan.problem import ConvProblem
 from .check import DTYPES, accumulation_dtype, dot_precision, require_image
-from .conv_wgrad import add_parts
+from .parts import add_parts
 from .record import launch
 from .tiles import StatTiles
 

@@ -95,6 +95,22 @@ FPROP_PROJECTION = (
     Tile(64, 128, 32, 4, 4), Tile(128, 64, 64, 4, 3, T),
 )  # fmt: skip
 
+# A 3x3 of stride 1 in boxes, sm_90: one operand's channels wide, the widest first that leaves two programs.
+BOX = (
+    Tile(128, 128, 64, 8, 3, T), Tile(128, 256, 64, 8, 3, T), Tile(64, 128, 64, 4, 3, T), Tile(128, 64, 64, 4, 3, T),
+    Tile(128, 128, 64, 8, 3, T, 128), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4), Tile(64, 256, 64, 8, 3, T),
+    Tile(256, 64, 64, 8, 3), Tile(128, 128, 64, 4, 3, T),
+)  # fmt: skip
+# Rows, channels, warps, stages, programs a processor.
+WALK = ((64, 64, 4, 2, 2), (128, 64, 8, 2, 1), (64, 32, 4, 2, 3))
+# Output channels, input channels, rows, warps, stages, taps, programs a processor.
+BOX_WGRAD = (
+    (64, 64, 64, 8, 3, 9, 1), (64, 32, 64, 4, 3, 9, 2), (128, 64, 64, 8, 3, 3, 1), (64, 64, 64, 4, 3, 3, 2),
+    (128, 128, 64, 8, 3, 3, 1), (128, 128, 64, 8, 3, 1, 2), (64, 64, 64, 8, 4, 9, 1), (128, 64, 64, 8, 3, 3, 2),
+)  # fmt: skip
+MOST_ROWS = 8
+"""Of a problem that boxes take: how many configurations of pointers are measured beside them."""
+
 GRAM_DGRAD = (
     Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3),
     Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3), Tile(128, 128, 32, 8, 6, maxnreg=128), Tile(128, 64, 32, 4, 6),
@@ -177,7 +193,30 @@ def candidates(
     else:
         proposed = _wgrad(problem, target, formed) if kind == "wgrad" else _gemm(problem, kind, formed)
     found = dict.fromkeys([default, *proposed])
-    return [config for config in found if supports(problem, kind, target, config, formed=formed)[0]][:most]
+    fitting = [config for config in found if supports(problem, kind, target, config, formed=formed)[0]]
+    boxes = [config for config in _boxes(problem, kind, target) if supports(problem, kind, target, config)[0]]
+    return [*fitting[: MOST_ROWS if boxes else most], *boxes][:most]
+
+
+def _boxes(problem: ConvProblem, kind: str, target: Target) -> Iterator[GemmConfig]:
+    """The forms of a 3x3 of stride 1 that tensor descriptors read."""
+    if target.sm < 90 or not problem.is_same_3x3 or problem.dtype == "float32":
+        return
+    if kind == "wgrad":
+        for co, ci, k, warps, stages, taps, programs in BOX_WGRAD:
+            if co <= max(64, problem.Co) and ci <= max(64, problem.Ci):
+                tiles = -(-problem.Co // co) * -(-problem.Ci // ci) * (9 // taps)
+                split = max(1, programs * target.sm_count // tiles)
+                cap = 128 if programs * warps > 8 else None
+                yield GemmConfig(co, ci, k, warps, stages, split, cap, row_taps=taps, form="box")
+        return
+    columns, depth = (problem.Co, problem.Ci) if kind == "fprop" else (problem.Ci, problem.Co)
+    for m, n, warps, stages, programs in WALK if depth <= 64 else ():
+        split = max(1, programs * target.sm_count // -(-columns // n))
+        yield GemmConfig(m, n, depth, warps, stages, split, form="walk")
+    for m, n, k, warps, stages, transposed, maxnreg, _ in BOX:
+        if n <= max(columns, 64):
+            yield GemmConfig(m, n, min(k, depth), warps, stages, 1, maxnreg, transposed, form="box")
 
 
 def _gemm(problem: ConvProblem, kind: str, formed: bool) -> Iterator[GemmConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .box import why_not_boxes
 from .problem import ConvProblem
 from .target import Target
 
@@ -24,9 +25,12 @@ class GemmConfig:
     transposed: bool = False
     """fprop and dgrad only: accumulate the transposed result. The pixels are the tensor cores' right operand then."""
     row_taps: int = 1
-    """wgrad only: how many taps of a filter row one program sums, 1, or 3 of a filter three wide."""
+    """wgrad only: how many taps one program sums: 1, 3 of a filter three wide, or in boxes all 9 of a 3x3."""
     prefetch: bool = False
     """dgrad only: what the epilogue reads is on its way during the main loop, at the price of its registers."""
+    form: str = "rows"
+    """How pixels are addressed: "rows", a pointer to each; for a 3x3 of stride 1 also "box", by tensor descriptors, and
+    "walk", the same down whole columns of the images, which ``split`` programs share."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,6 +85,8 @@ def supports(
         return False, "float64 runs in the interpreter only"
     if min(config.block_m, config.block_n, config.block_k) < 16:
         return False, f"a tile narrower than 16: {config}"
+    if config.form != "rows":
+        return _supports_boxes(problem, kind, target, config)
     if config.row_taps not in (1, 3) or (config.row_taps == 3 and problem.S != 3):
         return False, f"{config.row_taps} taps in a program, of a filter {problem.S} wide"
     if stem and kind == "fprop" and config.block_k % problem.run:
@@ -92,4 +98,35 @@ def supports(
     operands = itemsize * config.num_stages * config.block_k * staged
     if not target.interpreter and operands > target.shared_memory:
         return False, f"{operands} bytes of shared memory, of {target.shared_memory}"
+    return True, "supported"
+
+
+def _supports_boxes(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> tuple[bool, str]:
+    """The same of the forms that read boxes of pixels."""
+    itemsize = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
+    if target.sm < 90 and not target.interpreter:
+        return False, "tensor descriptors are copied by hardware from sm_90 on"
+    if not problem.is_same_3x3:
+        return False, "boxes take a 3x3 filter of stride 1 and padding 1"
+    if problem.Ci * itemsize % 16 or problem.Co * itemsize % 16:
+        return False, "a tensor descriptor wants pixels of a multiple of 16 bytes"
+    if kind == "wgrad":
+        if config.form != "box" or config.row_taps not in (1, 3, 9):
+            return False, f"a weight gradient takes 1, 3 or 9 taps in boxes: {config}"
+        grads, inputs = {1: (1, 1), 3: (1, 3), 9: (3, 3)}[config.row_taps]
+        staged = config.block_k * config.num_stages * (grads * config.block_m + inputs * config.block_n)
+    else:
+        reduced = problem.Ci if kind == "fprop" else problem.Co
+        walks = config.form == "walk"
+        reason = why_not_boxes(problem, config.block_m, reduced, config.block_k, walks=walks)
+        if reason:
+            return False, reason
+        if walks and config.transposed:
+            return False, "a walk accumulates pixels by channels"
+        staged = config.block_k * config.num_stages * (config.block_m + config.block_n)
+        if walks:  # the nine filters stay; three boxes a step, and the result on its way out
+            staged = config.block_k * (9 * config.block_n + 3 * config.num_stages * config.block_m)
+            staged += 2 * config.block_m * config.block_n
+    if not target.interpreter and itemsize * staged > target.shared_memory:
+        return False, f"{itemsize * staged} bytes of shared memory, of {target.shared_memory}"
     return True, "supported"

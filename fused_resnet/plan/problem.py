@@ -56,6 +56,12 @@ class ConvProblem:
         return self.is_pointwise and self.stride == (1, 1) and self.groups == 1
 
     @property
+    def is_same_3x3(self) -> bool:
+        """A 3x3 of stride 1 whose output has its input's size: every tap is the same picture, one pixel further."""
+        ones = self.stride == self.padding == self.dilation == (1, 1)
+        return ones and (self.R, self.S) == (3, 3) and self.groups == 1
+
+    @property
     def is_stem(self) -> bool:
         """A filter wider than 1x1 over images of up to four channels: forward and weight gradient are stem_conv's."""
         return self.Ci <= 4 and self.taps > 1 and self.S <= 8 and self.dilation[1] == 1 and self.groups == 1

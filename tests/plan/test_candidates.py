@@ -12,7 +12,7 @@ from benchmarks import problems
 from fused_resnet.plan.candidates import MOST, candidates, projection_candidates
 from fused_resnet.plan.config import supports
 from fused_resnet.plan.planner import default_config
-from fused_resnet.plan.target import H100
+from fused_resnet.plan.target import A100, H100
 
 pytestmark = pytest.mark.quick
 
@@ -25,7 +25,17 @@ def test_every_layer_has_some_and_each_is_supported(depth: int) -> None:
             assert 4 <= len(found) == len(set(found)) <= MOST
             assert found[0] == default_config(layer.problem, kind, H100)
             assert all(supports(layer.problem, kind, H100, config)[0] for config in found)
-            assert all(config.split == 1 for config in found) or kind == "wgrad"
+            assert kind == "wgrad" or all(config.split == 1 or config.form == "walk" for config in found)
+
+
+def test_a_3x3_of_stride_1_is_also_measured_in_boxes() -> None:
+    for layer in problems.layers(50)[1:]:
+        for kind in ("fprop", "dgrad", "wgrad"):
+            forms = Counter(config.form for config in candidates(layer.problem, kind, H100))
+            assert (forms["box"] >= 3) == layer.problem.is_same_3x3
+            assert (forms["walk"] > 0) == (layer.problem.is_same_3x3 and layer.problem.Ci == 64 and kind != "wgrad")
+            assert forms["rows"] > 4
+            assert {config.form for config in candidates(layer.problem, kind, A100)} == {"rows"}
 
 
 def test_a_product_that_a_projection_joins_has_some() -> None:
