@@ -48,6 +48,11 @@ def _rows(count: int, channels: int) -> torch.Tensor:
     return torch.empty((count, channels), dtype=torch.float32, device="meta")
 
 
+def _parameters(channels: int) -> dict[str, Any]:
+    row = _rows(1, channels)[0]
+    return {"weight": row, "bias": row, "running_mean": row, "running_var": row, "eps": 1e-5}
+
+
 def configurations(problem: ConvProblem, kind: str, target: Target) -> list[GemmConfig]:
     """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target."""
     found = [planner.default_config(problem, kind, target)]
@@ -67,7 +72,8 @@ def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
     out = _image(p.N, p.Co, p.P, p.Q, dtype)
     for config in configurations(p, "fprop", target):
         prologue = None if first or not p.is_pointwise else _rows(2, p.Ci)
-        conv_fprop(x, w, p, config, input_affine=prologue, stats=True)
+        _, tiles = conv_fprop(x, w, p, config, input_affine=prologue, stats=True)
+        bn_stats.bn_finalize(tiles, **_parameters(p.Co), momentum=0.1)
         conv_fprop(x, w, p, config)
         if config.form != "rows":
             continue
@@ -96,7 +102,9 @@ def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, d
                 conv_dgrad(dy, w, p, config, **prologue, residual=compact, residual_stride=stride)
             else:
                 stats = _rows(4, p.Ci) if prologue is batch else None
-                conv_dgrad(dy, w, p, config, **prologue, mask_input=x, mask_stats=stats)
+                _, tiles = conv_dgrad(dy, w, p, config, **prologue, mask_input=x, mask_stats=stats)
+                if stats is not None:
+                    bn_act_grad.bn_grad_finalize(tiles, stats, None, p.N * p.H * p.W)
         if role not in ("projection", "conv1") and not p.is_pointwise:
             conv_dgrad(dy, w, p, config, mask_input=x)
 
@@ -114,7 +122,7 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     row, counter = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta")
     sizes = (p.M, p.Co, y.element_size(), target.sm_count)
     once, reduce = pass_config(*sizes), reduce_config(*sizes)
-    parameters = {"weight": row, "bias": row, "running_mean": row, "running_var": row, "eps": 1e-5}
+    parameters = _parameters(p.Co)
     tiles = bn_stats.bn_stats(y, reduce)
     bn_stats.bn_finalize(tiles, **parameters, momentum=0.1)
     bn_stats.bn_finalize(tiles, **parameters, momentum=0.1, counter=counter)
