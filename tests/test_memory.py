@@ -54,6 +54,10 @@ def saved_bytes(block: nn.Module, batch: int, ci: int, pixels: int, device: str 
     return found
 
 
+def norms(block: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def fraction(shape: tuple[int, int, int, int], route: str, recompute: tuple[str, ...] = ()) -> float:
     """Ours over eager's at batch 256 on an H100: of meta tensors, which take no time and no memory."""
     ci, width, stride, pixels = shape
@@ -99,4 +103,5 @@ def test_meta_tensors_save_what_real_ones_do(shape: tuple[int, int, int, int], r
                 found.append(saved_bytes(block, 2, ci, pixels, device))
     (ours, eager), (meta_ours, meta_eager) = found[:2], found[2:]
     assert ours == meta_ours
-    assert eager == pytest.approx(meta_eager, rel=0.02)  # a few vectors per BatchNorm differ by device
+    # On the CPU eager keeps a BatchNorm's two vectors in 16 bits.
+    assert 0 <= meta_eager - eager <= 4 * sum(norm.num_features for norm in norms(block))
