@@ -11,7 +11,9 @@ from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
+from tests.conftest import INTERPRETED
 from tests.gram_case import EPS, EXACT, SMALL, accumulation, matrix, nhwc, relative
+from tests.planted_bugs import Bug, planted
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3}
@@ -142,6 +144,24 @@ def test_gradient_with_a_mean(dz_mean, dtype, device):
 @pytest.mark.parametrize("mean", [8, 30])
 def test_input_far_from_zero(mean, device):
     check_algebra(torch.float32, device, mean=mean, tolerance=mean**2)
+
+
+PLANTED = (
+    Bug("a column too far", "kernels.implicit_gemm", "carry = j >= J", "carry = j > J", ()),
+    Bug("a row too far", "kernels.implicit_gemm", "carry = i >= I", "carry = i > I", ()),
+    Bug("the image stays", "kernels.implicit_gemm", "n += STEP // (I * J) + carry.to(tl.int32)", "n += 0", ()),
+    Bug("neighbours, not samples", "kernels.implicit_gemm", "j * STRIDE_W", "j", ()),
+    Bug("a lost lower half", "kernels.gram_dgrad", "store_rows(lower", "store_rows(upper", ()),
+    Bug("no bias", "kernels.gram_dgrad", "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr", ()),
+)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="mutants run in the interpreter")
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_planted_error_is_caught(bug, device):
+    check_algebra(torch.float64, device, size=(5, 7, 5))
+    with planted(bug), pytest.raises((AssertionError, IndexError)):
+        check_algebra(torch.float64, device, size=(5, 7, 5))
 
 
 def test_records_on_meta():
