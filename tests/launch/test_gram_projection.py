@@ -44,7 +44,7 @@ def test_gram_of_the_sampled_pixels(size, p, q, stride, dtype, device):
     n, h, w = size
     x = nhwc(n, p, h, w, dtype=dtype, device=device)
     for config in (SMALL, GemmConfig(64, 64, 32, num_warps=4, split=1)):
-        g, c = gram(x, None, config, stride=stride)
+        g, c, _ = gram(x, None, config, stride=stride)
         a = matrix(sampled(x, stride))
         assert relative(g, a.T @ a) < EXACT[dtype] and relative(c, a.sum(0)) < EXACT[dtype]
 
@@ -110,7 +110,7 @@ def check_algebra(dtype, device, size=(3, 9, 7), p=20, q=40, stride=(2, 2), dz_m
     gamma[:3] = torch.tensor([0.0, -1.0, 1e-5])
 
     running = {"running_mean": torch.zeros(q, device=device), "running_var": torch.zeros(q, device=device)}
-    g, c = gram(x, None, SMALL, stride=stride)
+    g, c, _ = gram(x, None, SMALL, stride=stride)
     stats, v, m = gram_finalize(g, c, problem.M, weight, gamma=gamma, beta=beta, momentum=1.0, eps=EPS, **running)
     y, (dx, dw, dgamma, dbeta) = reference(x, weight, gamma, beta, dz, stride)
     exact = tolerance * max(EXACT[dtype], 1e-12)
