@@ -27,6 +27,13 @@ class TensorArgument(NamedTuple):
         return torch.empty(2, dtype=self.dtype, device="meta")[0 if self.aligned else 1 :]
 
 
+def built(value: Any) -> Any:
+    """A described argument as compilation takes it: tensors where they were, in named tuples too."""
+    if isinstance(value, TensorArgument):
+        return value.build()
+    return type(value)(*map(built, value)) if isinstance(value, tuple) else value
+
+
 class Job(NamedTuple):
     """One kernel with the arguments and options that decide its code."""
 
@@ -36,7 +43,7 @@ class Job(NamedTuple):
     options: dict[str, Any]
 
     def compile(self) -> None:
-        arguments = {k: v.build() if isinstance(v, TensorArgument) else v for k, v in self.arguments.items()}
+        arguments = {name: built(value) for name, value in self.arguments.items()}
         getattr(importlib.import_module(self.module), self.kernel).warmup(grid=(1,), **arguments, **self.options)
 
 

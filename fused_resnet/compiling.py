@@ -97,7 +97,7 @@ def _job(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Job
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return TensorArgument(value.dtype, value.data_ptr() % 16 == 0)
-    return value
+    return type(value)(*map(_described, value)) if isinstance(value, tuple) else value
 
 
 def _key(kernel: Any, job: Job) -> tuple[Any, ...]:
@@ -105,6 +105,8 @@ def _key(kernel: Any, job: Job) -> tuple[Any, ...]:
     constants = {name for name, kind in kernel.fn.__annotations__.items() if kind is tl.constexpr}
 
     def specialised(name: str, value: Any) -> Any:
+        if isinstance(value, tuple) and not isinstance(value, TensorArgument):
+            return tuple(specialised(name, item) for item in value)
         if name in constants or isinstance(value, (bool, TensorArgument)) or not isinstance(value, int):
             return repr(value) if name in constants or isinstance(value, TensorArgument) else type(value)
         return value == 1, value % 16 == 0, value >= 2**31

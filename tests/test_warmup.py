@@ -77,6 +77,16 @@ def test_without_a_gpu_or_on_the_reference_route_there_is_nothing_to_compile(mon
         fr.warmup(block(), SHAPE, target="no such gpu")
 
 
+def test_a_block_in_one_launch_is_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are tuples of tensors."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    model = torch.nn.Sequential(block(), block()).eval()
+    with fr.use_route("single"):
+        count = fr.warmup(model, SHAPE, training=False, target="h100", workers=1)
+    found = compiled_kernels(tmp_path)
+    assert len(found) == count and found.count("bottleneck_single_kernel") == 1
+
+
 def test_what_does_not_compile_is_named() -> None:
     arguments = {"x_ptr": TensorArgument(torch.float32, True)}
     with pytest.raises(RuntimeError, match="1 kernels do not compile for sm_90: bn_act_kernel: "):
