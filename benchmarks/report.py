@@ -80,19 +80,38 @@ def profile(document: dict[str, Any], most: int = 15) -> Iterator[tuple[str, ...
             yield item, f"`{r['kernel'][:60]}`", f"{r['calls']:.0f}", f"{r['us']:,.0f}", share, floor
 
 
+def routes(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Blocks, forward and backward; the ratio is to eager, which took turns with the routes."""
+    for item, result in document["results"].items():
+        timings = result.get("candidates", {})
+        for name, r in timings.items():
+            yield item, name, f"{r['us']:,.0f}", f"{timings['eager']['us'] / r['us']:.2f} x"
+
+
+def candidates(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for item, r in document["results"].items():
+        best = min(r["candidates_us"], key=r["candidates_us"].__getitem__)
+        yield item, f"{r['floor_us']:.1f}", f"{r['shipped_us']:.1f}", f"{r['candidates_us'][best]:.1f} ({best})"
+
+
+OTHER = ("statistics",)
+"""Records that no stage makes: taken by hand, for one question."""
 SECTIONS = {
     "step": ("Training steps", ("model", "candidate", "images/s", "against the first", "peak GiB", "spread"), steps),
     "baselines": ("Baselines", ("model", "candidate", "images/s", "against the first", "peak GiB", "spread"), steps),
     "tune": ("Tuned convolutions", ("pass", "ours, us", "vendor + passes", "floor", "faster"), tuned),
     "kernels": ("Kernels", ("kernel", "us", "floor", "x floor", "vendor + passes"), kernels),
     "layers": ("The vendor's convolutions", ("layer", "fprop, us", "dgrad", "wgrad", "floor"), layers),
+    "models": ("Other models and batches", ("model", "candidate", "images/s", "x first", "peak GiB", "spread"), steps),
+    "routes": ("Blocks by route", ("block", "candidate", "us", "x eager"), routes),
+    "statistics": ("Statistics", ("kernel", "floor, us", "shipped", "fastest"), candidates),
     "profile": ("Profile", ("model", "kernel", "calls", "us a step", "share", "x floor"), profile),
 }
 
 
 def report(folder: Path) -> str:
     """All that is in the folder."""
-    found = {stage: harness.read(harness.path_of(folder, stage)) for stage in harness.STAGES}
+    found = {stage: harness.read(harness.path_of(folder, stage)) for stage in (*harness.STAGES, *OTHER)}
     results = {stage: document for stage, document in found.items() if document}
     if not results:
         raise SystemExit(f"no results in {folder}")
