@@ -30,6 +30,7 @@ BLOCKS: tuple[tuple[str, int, int, int, int], ...] = (
     ("Bottleneck", 64, 64, 1, 56),
     ("Bottleneck", 256, 128, 2, 56),
     ("Bottleneck", 512, 128, 1, 28),
+    ("Bottleneck", 512, 256, 2, 28),
     ("Bottleneck", 1024, 256, 1, 14),
     ("Bottleneck", 1024, 512, 2, 14),
     ("Bottleneck", 2048, 512, 1, 7),
