@@ -5,7 +5,7 @@ The planner gives the interpreter one large tile; here every tensor spans severa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ SMALL_TILES = {
     "dgrad": GemmConfig(32, 16, 16, num_warps=4),
     "wgrad": GemmConfig(16, 16, 32, num_warps=4, split=3),
 }
+
+_BOX = GemmConfig(16, 16, 16, num_warps=4, form="box")
+_WALK = GemmConfig(16, 32, 32, num_warps=4, split=3, form="walk")
+BOXES = {
+    "box": {"fprop": _BOX, "dgrad": replace(_BOX, transposed=True), "wgrad": replace(_BOX, split=3, row_taps=3)},
+    "walk": {"fprop": _WALK, "dgrad": _WALK, "wgrad": replace(_BOX, split=2, row_taps=9)},
+}
+"""Of a 3x3 of stride 1, where a test's ``source`` is one of these."""
 
 
 def image(*shape: int, dtype: torch.dtype, seed: int, mean: float = 0.0) -> Tensor:
@@ -90,11 +98,14 @@ class Chain:
         return [*found, *([conv(tuple(self.x.shape), self.projection)] if self.projection else [])]
 
     def plan(self) -> Plan:
-        def choice(kind: str) -> Choice:
-            return Choice(self.source, "a test", SMALL_TILES[kind] if self.source == "fused" else None)
+        def choice(kind: str, problem: ConvProblem) -> Choice:
+            if self.source == "vendor":
+                return Choice("vendor", "a test")
+            in_boxes = self.source in BOXES and problem.is_same_3x3
+            return Choice("fused", "a test", BOXES[self.source][kind] if in_boxes else SMALL_TILES[kind])
 
         problems = self.problems()
-        convs = tuple(ConvPlan(p, choice("fprop"), choice("dgrad"), choice("wgrad")) for p in problems)
+        convs = tuple(ConvPlan(p, *(choice(kind, p) for kind in SMALL_TILES)) for p in problems)
         count = len(self.layers)
         shortcut = "identity" if self.identity else "projection" if self.projection else "none"
         projected = problems[-1] if self.projection else None
@@ -203,3 +214,11 @@ def plain(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> 
     x = image(2, 20, 9, 8, dtype=dtype, seed=seed, mean=1.0)
     layers = [layer(20, 24, 3, dtype, seed + 8, stride=2), layer(24, 20, 3, dtype, seed + 9)]
     return Chain(x, layers, seed=seed, **options)
+
+
+def boxed(dtype: torch.dtype, source: str, seed: int = 0, *, basic: bool = False, frozen: bool = False) -> Chain:
+    """1x1, 3x3, 1x1, or two 3x3, over a shortcut that is the input itself; pixels that boxes tile."""
+    x = image(4, 32, 3, 8, dtype=dtype, seed=seed)
+    kernels = (3, 3) if basic else (1, 3, 1)
+    layers = [layer(32, 32, kernel, dtype, seed + i, frozen=frozen) for i, kernel in enumerate(kernels)]
+    return Chain(x, layers, identity=True, source=source, seed=seed, frozen=frozen)
