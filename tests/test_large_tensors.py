@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, stem_pool
+from fused_resnet.launch.bottleneck_single import FrozenLayer, bottleneck_single
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
-from fused_resnet.plan.config import GemmConfig, PassConfig
+from fused_resnet.plan.config import GemmConfig, PassConfig, SingleConfig
+from fused_resnet.plan.plans import ChainProblem
 from fused_resnet.plan.problem import ConvProblem
 from tests.conftest import INTERPRETED
 
@@ -108,6 +110,23 @@ def test_conv_wgrad_partials():
     x = torch.zeros(1, 512, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     assert 1024 * wide.Co * wide.Ci * wide.taps > 2**31
     conv_wgrad(x, x, wide, GemmConfig(64, 64, 16, split=1024), out_dtype=torch.float32)
+
+
+def test_bottleneck_single():
+    """One tile an image; the scratches of all programs together have more than 2^31 elements too."""
+    config = SingleConfig(4096, 64, 64, block_halo=1024, tile_p=H, tile_q=W, programs=N)
+    convs = problem(1), problem(3), problem(1)
+    x, rows = reserved(), [torch.rand(C) for _ in range(4)]
+    layers = [FrozenLayer(weight(conv.R), *rows, 1e-5) for conv in convs]
+    block = ChainProblem(convs, None, "identity", batch_statistics=False, backward=False)
+    out = bottleneck_single(x, tuple(layers), block, config, residual=x)
+    gamma, beta, mean, var = rows
+    z = x[-1:].float()
+    for layer, conv in zip(layers, convs, strict=True):
+        y = F.conv2d(z.half().float(), layer.weight.float(), padding=conv.padding)
+        z = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, 1e-5)
+        z = (z + x[-1:] if layer is layers[-1] else z).relu()
+    assert_last_row(out, z)
 
 
 def test_passes():

@@ -25,8 +25,9 @@ from .implicit_gemm import load_rows
 
 
 @triton.jit
-def store_affine(affine_ptr, layer, channels, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """The rows scale and shift [2, channels] of a BatchNorm."""
+def store_affine(affine_ptr, layer, channels, ACC: tl.constexpr):
+    """The rows scale and shift [2, channels] of a BatchNorm. All at once: a step would take as long as memory does."""
+    BLOCK: tl.constexpr = 256
     for c0 in range(0, channels, BLOCK):
         offs_c = c0 + tl.arange(0, BLOCK)
         mask_c = offs_c < channels
@@ -124,11 +125,11 @@ def bottleneck_single_kernel(
     second_ptr = first_ptr + 2 * C
     third_ptr = second_ptr + 2 * C
     shortcut_ptr = third_ptr + 2 * Co
-    store_affine(first_ptr, first, C, BLOCK_C, ACC)
-    store_affine(second_ptr, second, C, BLOCK_C, ACC)
-    store_affine(third_ptr, third, Co, BLOCK_N, ACC)
+    store_affine(first_ptr, first, C, ACC)
+    store_affine(second_ptr, second, C, ACC)
+    store_affine(third_ptr, third, Co, ACC)
     if HAS_PROJECTION:
-        store_affine(shortcut_ptr, shortcut, Co, BLOCK_N, ACC)
+        store_affine(shortcut_ptr, shortcut, Co, ACC)
     tl.debug_barrier()
 
     # Channels past the width repeat the last one's weights, but are zero in a1 and a2.

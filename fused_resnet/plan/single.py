@@ -14,6 +14,9 @@ MOST_SINGLE_WIDTH = 64
 GAINFUL_SINGLE_WIDTH = 0
 """Up to here one launch was measured to be faster than three. Not measured yet, so that "auto" takes it nowhere."""
 
+MOST_ROWS = 128
+"""Of pixels in a tile, at most."""
+
 
 def why_not_single(problem: ChainProblem, route: str) -> str:
     """Why the block does not run in one launch, or "" where it does."""
@@ -42,6 +45,8 @@ def why_not_shape(problem: ChainProblem) -> str:
     shortcut = problem.projection
     if shortcut and not (shortcut.is_pointwise and shortcut.groups == 1 and shortcut.stride == second.stride):
         return "one launch takes a 1x1 projection of the 3x3's stride"
+    if (MOST_ROWS * second.stride[0] + 2) * first.W * max(first.Ci, last.Co) >= 2**31:
+        return "one launch counts a tile's elements in 32 bits, too many in rows as wide as these"
     if problem.batch_statistics:
         return "batch statistics are known only when a whole convolution has run"
     return ""
@@ -63,15 +68,15 @@ def single_config(problem: ChainProblem, target: Target) -> SingleConfig:
     # Registers for two programs on a processor: float32, a projection's second accumulator and products without wgmma
     # leave too few of them for wide steps.
     wide = first.dtype == "float32"
-    narrow = wide or problem.projection is not None or target.sm < 90
-    block_m, block, maxnreg = 64 if wide else 128, 32 if narrow else 64, None if wide else 128
+    block_k = 32 if wide or problem.projection is not None or target.sm < 90 else 64
+    block_m, maxnreg = (64, None) if wide else (MOST_ROWS, 128)
     found = []
     for most_p in range(1, min(block_m, last.P) + 1):
         tile_p, tile_q = _evenly(last.P, most_p), _evenly(last.Q, block_m // most_p)
         config = SingleConfig(
             block_m,
-            block,
-            block,
+            32,
+            block_k,
             num_warps=8,
             num_stages=2,
             maxnreg=maxnreg,

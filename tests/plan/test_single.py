@@ -70,6 +70,7 @@ def test_why_it_is_taken_and_why_not() -> None:
         (block(), "staged", "staged", "asked for"),
         (block(), "gram", "staged", "frozen"),
         (block(width=65), "single", "staged", "65"),
+        (block(size=(2, 1 << 16)), "single", "staged", "32 bits"),
         (block(backward=True), "single", "staged", "backward"),
         (block(batch_statistics=True), "single", "gram", "batch statistics"),
     ):
