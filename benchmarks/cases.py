@@ -61,7 +61,7 @@ class ConvCase:
     gram: bool = False
     """The Gram route's: fprop ends in BN, residual and ReLU, dgrad is one product over [dz | a]; or the Gram matrix."""
     masked: bool = False
-    """The Gram route's wgrad forms dz from the gradient above the ReLU, writes and sums it."""
+    """The Gram route's: dz is formed from the gradient above the ReLU, which wgrad writes and sums, too."""
     formed: bool = False
     """dy was formed by a pass before; of the Gram route's fprop, its input by the Gram kernel."""
 
@@ -74,12 +74,16 @@ class ConvCase:
         return [config for config in found if config.form == "rows" or not self.residual]  # boxes take none
 
     @property
+    def writes_dz(self) -> bool:
+        return self.masked and self.kind == "wgrad"
+
+    @property
     def bytes(self) -> int:
         """Of the tensors, each once."""
         p, itemsize = self.problem, self.dtype.itemsize
         if self.kind == "gram":
             return p.M * p.Ci * itemsize
-        return problems.conv_bytes(p, itemsize) + p.M * p.Co * itemsize * self.masked
+        return problems.conv_bytes(p, itemsize) + p.M * p.Co * itemsize * self.writes_dz
 
     @property
     def first(self) -> bool:
@@ -95,8 +99,8 @@ class ConvCase:
     def variant(self) -> str:
         if self.kind == "gram":
             return pass_name("gram")
-        epilogue = self.masked or (self.stats and not self.gram)
-        prologue = self.affine or self.coeffs
+        epilogue = self.writes_dz or (self.stats and not self.gram)
+        prologue = self.affine or self.coeffs or (self.masked and self.kind == "dgrad")
         return pass_name(self.kind, prologue=prologue, epilogue=epilogue, gram=self.gram, formed=self.formed)
 
     @property
@@ -142,7 +146,7 @@ class ConvCase:
             t["mask_stats"] = tensors.channels(4, p.Ci, device, acc) - offset
         if self.residual:
             t["residual"] = gradient(p.Ci, p.H, p.W)
-        if self.gram and self.kind == "wgrad":
+        if self.masked or (self.gram and self.kind == "wgrad"):
             out = image(p.Co, p.P, p.Q)
             t["out"] = out if empty else out.relu_()
             t["bits"] = tensors.relu_bits(t["out"])
@@ -163,12 +167,12 @@ class ConvCase:
             return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
         if self.kind == "gram":
             return gram(t["x"], t["affine"], config)[:2]
-        if self.masked:
+        if self.writes_dz:
             found, *tiles = gram_wgrad(t["dy"], t["bits"], t["x"], t["affine"], config, store_dz=True)
             return found.view(t["w"].shape), tiles
         if self.kind == "dgrad" and self.gram:
-            w = t["w"].flatten(1)
-            return gram_dgrad(t["dy"], t["mask_input"], w, t["products"], t["bias"], t["mask_stats"], config)
+            matrices, bits = (t["w"].flatten(1), t["products"], t["bias"]), t["bits"] if self.masked else None
+            return gram_dgrad(t["dy"], t["mask_input"], *matrices, t["mask_stats"], config, bits=bits)
         if self.kind == "fprop":
             more = {}
             if self.gram:
@@ -190,6 +194,13 @@ class ConvCase:
         if self.formed:
             return 0.0 if self.gram else 0.5
         return float(self.gram and self.kind == "wgrad" and not self.masked)
+
+    def written_before(self) -> int:
+        """Bytes that a kernel before it writes for it alone: fprop's input as formed, or the dz that dgrad reads."""
+        p, itemsize = self.problem, self.dtype.itemsize
+        if self.gram and self.formed and self.kind == "fprop":
+            return p.M * p.Ci * itemsize
+        return p.M * p.Co * itemsize if self.gram and self.stats and self.kind == "dgrad" and not self.masked else 0
 
     def before(self, t: Tensors, sm_count: int) -> None:
         """The pass that ours needs before it, where ``before_share`` is not 0: dy, or dz and its sums."""
@@ -314,7 +325,7 @@ class ConvCase:
         return found
 
     def _check_tiles(self, t: Tensors, out: torch.Tensor, tiles: Any) -> dict[str, dict[str, Any]]:
-        if self.masked:
+        if self.writes_dz:
             (sums, dz), expected = tiles, torch.where(t["out"] <= 0, torch.zeros_like(t["dy"]), t["dy"])
             rows = expected.permute(0, 2, 3, 1).flatten(0, 2).to(sums.dtype)
             return {"sum dz": errors.judge_sums(sums[None], rows), "dz": errors.judge_exact(dz, expected)}
@@ -328,7 +339,7 @@ class ConvCase:
     def _ends(self, t: Tensors) -> tuple[Tensors, Any]:
         n = self.problem.N
         part = list(range(n)) if n <= 2 * SAMPLE else [*range(SAMPLE), *range(n - SAMPLE, n)]
-        per_image = ("x", "dy", "y", "mask_input", "residual", "shortcut", "block_input")
+        per_image = ("x", "dy", "y", "mask_input", "residual", "shortcut", "block_input", "out")
         return {name: v[part].contiguous(memory_format=torch.channels_last) if name in per_image else v
                 for name, v in t.items()}, part  # fmt: skip
 

@@ -37,6 +37,7 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = KINDS) -> list[ConvCas
             ConvCase(p, "fprop", role, affine=True, gram=True),
             ConvCase(p, "fprop", role, formed=True, gram=True),
             ConvCase(p, "dgrad", role, stats=True, gram=True),
+            ConvCase(p, "dgrad", role, stats=True, gram=True, masked=True),
             wgrad,
             replace(wgrad, masked=True),
             ConvCase(p, "gram", role, affine=True, gram=True),

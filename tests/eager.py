@@ -170,6 +170,12 @@ def stores_a(text: str) -> str:
     )
 
 
+def masks_on_load(text: str) -> str:
+    """The encoded plan whose readers of dz form it, where they can."""
+    plan = decode(text)
+    return text if plan.gram is None else replace(plan, gram=replace(plan.gram, stores_dz=False)).encode()
+
+
 @contextmanager
 def editing(edit: Callable[[str], str]) -> Iterator[None]:
     """Plans made inside are edited: they take what a GPU's measurements may choose."""

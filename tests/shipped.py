@@ -99,6 +99,8 @@ def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, d
                 if config.form != "rows":
                     continue
                 conv_dgrad(dy, w, p, config, **prologue, residual=x)
+                if p.stride == (1, 1):
+                    conv_dgrad(dy, w, p, config, **prologue, residual=x, residual_bits=empty_bits(x.shape, x.device))
                 compact = _image(p.N, p.Ci, -(-p.H // stride[0]), -(-p.W // stride[1]), dtype)
                 conv_dgrad(dy, w, p, config, **prologue, residual=compact, residual_stride=stride)
             else:
@@ -171,10 +173,12 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
             epilogue = {"output_affine": stats[2:], "relu": True, "bits": written, **shortcut}
             conv_fprop(x, w, p, plan.fprop, input_affine=prologue, **epilogue)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
-    gram_wgrad(out, bits, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=True)
+    for store_dz in (True, False):
+        gram_wgrad(out, bits, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=store_dz)
     small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
     below = _rows(4, p.Ci)
-    gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales)
+    for mask in (None, empty_bits(out.shape, out.device)):
+        gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales, bits=mask)
 
 
 def _weights(p: ConvProblem, dtype: torch.dtype) -> None:

@@ -105,10 +105,9 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
     flops = sum(entry.flops for entry in launches) or case.problem.flops
     facts = context.document["facts"]
     before = round(case.before_share * timings["before"].us, 2) if case.before_share else None
-    if case.gram and case.formed:  # what writing the operand adds to the kernel before, which is bound by memory
-        before = round(
-            case.problem.M * case.problem.Ci * case.dtype.itemsize / context.ceilings["bytes_per_s"] * 1e6, 2
-        )
+    written = case.written_before()
+    if written:  # what writing it adds to the kernel before, which is bound by memory
+        before = round(written / context.ceilings["bytes_per_s"] * 1e6, 2)
     return {
         "config": None if best is None else best.to_dict(),
         "us": None if best is None else round(timings[str(best)].us, 2),

@@ -32,10 +32,14 @@ class Kept(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """The gradient behind the chain's last ReLU, and its sum over the pixels."""
+    """The gradient behind the chain's last ReLU, and its sum over the pixels.
+
+    With ``bits`` it was not written: ``dz`` is the gradient above the ReLU, whose mask they are.
+    """
 
     dz: Tensor
     sum_dz: Tensor
+    bits: Tensor | None = None
 
 
 def forward(
@@ -121,11 +125,13 @@ def backward(
     problem = plan.convs[-1].problem
     if reduced is None:
         assert mask is not None and plan.gram.masked_wgrad is not None
-        products, sum_dz, dz = gram_wgrad(dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=True)
-        assert dz is not None
+        products, sum_dz, written = gram_wgrad(
+            dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=plan.stores_dz
+        )
+        dz, bits = (dout, mask) if written is None else (written, None)
         sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:
-        dz = reduced.dz
+        dz, bits = reduced.dz, None
         _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
         products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
     grads, below = LayerGrad(), None
@@ -133,10 +139,11 @@ def backward(
         small = _small(layer, kept, products, sum_dz, problem.M)
         grads = _wanted(small, needs)
         if wants_dgrad:
-            dx, tiles = gram_dgrad(dz, y, small.aw, small.p, small.bias, y_stats, plan.gram.dgrad, scales=small.scales)
+            matrices, config = (small.aw, small.p, small.bias), plan.gram.dgrad
+            dx, tiles = gram_dgrad(dz, y, *matrices, y_stats, config, scales=small.scales, bits=bits)
             assert tiles is not None
             below = Reduced(dx, tiles)
-    return grads, Behind(dz, sum_dz), below
+    return grads, Behind(dz, sum_dz, bits), below
 
 
 def projection_backward(

@@ -142,9 +142,9 @@ def backward(
         dz_out, pending = reduced.dz, reduced
     dresidual = dz_out if needs_residual and problem.residual == "given" else None
 
-    dx_residual, residual_stride = None, (1, 1)
+    dx_residual, residual_stride, residual_bits = None, (1, 1), None
     if problem.residual == "identity":
-        dx_residual = dz_out
+        dx_residual, residual_bits = dz_out, behind.bits if behind is not None else None
     elif wants_projection and not projects_staged:
         assert plan.projection is not None and behind is not None
         covariance, projection_mean = saved.ys[-1], saved.projection_mean
@@ -179,7 +179,7 @@ def backward(
         if step.wants_dgrad and below_stats is not None:
             pending = Reduced(*_masked_dgrad(passes, step, below_stats, gradient))
         elif step.wants_dgrad:
-            dx = input_grad(step.conv, step.layer.weight, x, gradient, dx_residual, residual_stride)
+            dx = input_grad(step.conv, step.layer.weight, x, gradient, dx_residual, residual_stride, residual_bits)
     return dx, dresidual, grads
 
 
@@ -222,10 +222,13 @@ def input_grad(
     grad: Gradient | Formed,
     residual: Tensor | None,
     residual_stride: tuple[int, int],
+    residual_bits: Tensor | None = None,
 ) -> Tensor:
-    """dx of the chain's first conv, the residual branch's share added."""
+    """dx of the chain's first conv, the residual branch's share added (of which with ``residual_bits`` what they let
+    through: the plan sees to it that the kernel can, :attr:`Plan.stores_dz`)."""
     config = conv.dgrad.config
     if config is None or (config.form != "rows" and residual is not None):
+        assert residual_bits is None
         if config is None:
             dx = vendor.conv_dgrad(grad.dz, x, weight, conv.problem)
         else:
@@ -243,6 +246,7 @@ def input_grad(
         coeffs=grad.coeffs,
         residual=residual,
         residual_stride=residual_stride,
+        residual_bits=residual_bits,
     )
     return dx
 

@@ -9,15 +9,18 @@ stride/gcd(stride, dilation), and they read p = hc + offset - j*dilation/gcd(str
 stride 1 over dy. The class ch = (kh - padding) mod stride has the taps with r*dilation = kh (mod stride). A class
 without taps writes zero (and the residual). One launch does all classes.
 
-Reads   dy, y [N*P*Q, Co], w [Co, R*S*Ci], coeffs [3, Co], mask_input [N*H*W, Ci], mask_stats [4, Ci], residual.
+Reads   dy, y [N*P*Q, Co], w [Co, R*S*Ci], coeffs [3, Co], mask_input [N*H*W, Ci], mask_stats [4, Ci], residual,
+        residual_bits [N*H*W, ceil(Ci / 8)] (see bits.py).
 Writes  dx [N*H*W, Ci], tiles [2, T, Ci]: of dx as stored, per M tile, sum dz and sum dz*(mask_input - mean).
 Prologue  dy' = A*dy (+ B*y + C), rounded to dy's dtype; with y only where no padding is read.
-Epilogue  + residual (where it has a pixel), or relu_grad(dx, mask_input*scale + shift) and the sums.
+Epilogue  + residual (where it has a pixel, and a bit if there are bits), or relu_grad(dx, mask_input*scale + shift) and
+          the sums.
 """
 
 import triton
 import triton.language as tl
 
+from .bits import unpack_bits
 from .common import affine, relu_grad
 from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
@@ -38,8 +41,10 @@ def class_taps(
 def epilogue_tile(
     mask_input_ptr,
     residual_ptr,
+    residual_bits_ptr,
     offs_m,
     offs_n,
+    pid_n,
     M,
     Hc,
     Wc,
@@ -48,12 +53,14 @@ def epilogue_tile(
     H,
     W,
     Ci,
+    row_bytes,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     RESIDUAL_STRIDE_H: tl.constexpr,
     RESIDUAL_STRIDE_W: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL_BITS: tl.constexpr,
 ):
     """Of a tile of dx: its offsets, its mask, and the tile of mask_input or of the residual (of neither: the mask)."""
     RESIDUAL_STRIDED: tl.constexpr = HAS_RESIDUAL and (RESIDUAL_STRIDE_H > 1 or RESIDUAL_STRIDE_W > 1)
@@ -77,6 +84,12 @@ def epilogue_tile(
         other = tl.load(residual_ptr + offs_residual, mask=mask & sampled[:, None], other=0.0)
     elif HAS_RESIDUAL:
         other = tl.load(residual_ptr + offs_dx, mask=mask, other=0.0)
+        if HAS_RESIDUAL_BITS:
+            BYTES: tl.constexpr = offs_n.shape[0] // 8
+            offs_b = pid_n * BYTES + tl.arange(0, BYTES)
+            packed_ptrs = residual_bits_ptr + offs_m.to(tl.int64)[:, None] * row_bytes + offs_b[None, :]
+            packed = tl.load(packed_ptrs, mask=(offs_m < M)[:, None] & (offs_b < row_bytes)[None, :], other=0)
+            other = tl.where(unpack_bits(packed), other, 0.0).to(other.dtype)
     return offs_dx, mask, other
 
 
@@ -90,6 +103,7 @@ def conv_dgrad_kernel(
     mask_input_ptr,
     mask_stats_ptr,
     residual_ptr,
+    residual_bits_ptr,
     tiles_ptr,
     N,
     H,
@@ -98,6 +112,7 @@ def conv_dgrad_kernel(
     Q,
     Ci,
     Co,
+    row_bytes,
     num_m,
     num_n,
     R: tl.constexpr,
@@ -117,6 +132,7 @@ def conv_dgrad_kernel(
     HAS_MASK: tl.constexpr,
     HAS_MASK_STATS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL_BITS: tl.constexpr,
     PREFETCH: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -169,8 +185,9 @@ def conv_dgrad_kernel(
 
     if PREFETCH:  # it arrives while the main loop runs
         offs_dx, mask, other = epilogue_tile(
-            mask_input_ptr, residual_ptr, offs_m, offs_n, M, Hc, Wc, ch, cw, H, W, Ci, STRIDE_H, STRIDE_W,
-            RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+            mask_input_ptr, residual_ptr, residual_bits_ptr, offs_m, offs_n, pid_n, M, Hc, Wc, ch, cw, H, W, Ci,
+            row_bytes, STRIDE_H, STRIDE_W, RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+            HAS_RESIDUAL_BITS,
         )  # fmt: skip
     iterations = taps_r * taps_s * tl.cdiv(Co, BLOCK_K)
     if not UNSTRIDED:
@@ -215,8 +232,9 @@ def conv_dgrad_kernel(
         acc = tl.trans(acc)
     if not PREFETCH:
         offs_dx, mask, other = epilogue_tile(
-            mask_input_ptr, residual_ptr, offs_m, offs_n, M, Hc, Wc, ch, cw, H, W, Ci, STRIDE_H, STRIDE_W,
-            RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+            mask_input_ptr, residual_ptr, residual_bits_ptr, offs_m, offs_n, pid_n, M, Hc, Wc, ch, cw, H, W, Ci,
+            row_bytes, STRIDE_H, STRIDE_W, RESIDUAL_STRIDE_H, RESIDUAL_STRIDE_W, HAS_MASK, HAS_RESIDUAL,
+            HAS_RESIDUAL_BITS,
         )  # fmt: skip
     if HAS_RESIDUAL:
         acc += other.to(ACC)

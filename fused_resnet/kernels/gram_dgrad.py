@@ -5,7 +5,8 @@
 is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. The ReLU that made a then masks da. A projection reads
 the block's input as it is: then a = y, of which it may sample every stride-th pixel, and da is the result.
 
-Reads   dz [M, q], y [M, p] (raw, before its BatchNorm), AW, P, bias [p], stats [4, p] of y, scales [2].
+Reads   dz [M, q], or dout [M, q] and bits [M, ceil(q / 8)] (see bits.py): dz is dout where they are set, else zero;
+        y [M, p] (raw, before its BatchNorm), AW, P, bias [p], stats [4, p] of y, scales [2].
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
         sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
@@ -14,6 +15,7 @@ Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as st
 import triton
 import triton.language as tl
 
+from .bits import unpack_bits
 from .common import affine, relu, relu_grad
 from .implicit_gemm import sampled_rows, split_rows
 
@@ -60,6 +62,7 @@ def masked_rows(acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, ROWS
 @triton.jit
 def gram_dgrad_kernel(
     dz_ptr,
+    bits_ptr,
     y_ptr,
     aw_ptr,
     p_ptr,
@@ -75,8 +78,10 @@ def gram_dgrad_kernel(
     W,
     I,
     J,
+    row_bytes,
     num_m,
     num_n,
+    HAS_BITS: tl.constexpr,
     HAS_RELU: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -111,6 +116,10 @@ def gram_dgrad_kernel(
         y_rows = row[:, None] * P
 
     dz_offs = row[:, None] * Q + offs_k[None, :]
+    if HAS_BITS:
+        offs_b = tl.arange(0, BLOCK_K // 8)
+        bits_base = bits_ptr + first.to(tl.int64) * row_bytes
+        bits_offs = row[:, None] * row_bytes + offs_b[None, :]
     aw_ptrs = aw_ptr + offs_k[:, None] * P + offs_n[None, :]
     # Transposed: y*scale + shift then goes to shared memory straight from the layout it was loaded in, and the bias and
     # the rounding are few registers' work.
@@ -121,6 +130,13 @@ def gram_dgrad_kernel(
             dz = tl.load(dz_base + k0 + dz_offs)
         else:
             dz = tl.load(dz_base + k0 + dz_offs, mask=mask_k[None, :], other=0.0)
+        if HAS_BITS:
+            if EVEN_Q:
+                packed = tl.load(bits_base + k0 // 8 + bits_offs)
+            else:
+                inside = k0 // 8 + offs_b < row_bytes
+                packed = tl.load(bits_base + k0 // 8 + bits_offs, mask=inside[None, :], other=0)
+            dz = tl.where(unpack_bits(packed), dz, 0.0).to(dz.dtype)
         aw = load_matrix(aw_ptrs + k0 * P, mask_k, mask_n, EVEN_Q, EVEN_N)
         acc = tl.dot(tl.trans(aw), tl.trans(dz), acc, input_precision=PRECISION, out_dtype=ACC)
 

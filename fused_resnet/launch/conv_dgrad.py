@@ -11,6 +11,7 @@ import triton.language as tl
 from ..kernels.conv_dgrad import conv_dgrad_kernel
 from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem, Pair
+from .bits import require_bits
 from .box_conv import box_conv_dgrad
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
@@ -28,6 +29,7 @@ def conv_dgrad(
     mask_stats: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     residual_stride: Pair = (1, 1),
+    residual_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx [N, Ci, H, W], and with ``mask_input`` the partial sums [2, T, Ci] of the gradient below its ReLU.
 
@@ -36,7 +38,8 @@ def conv_dgrad(
     W] zeroes the result where mask_input*scale + shift <= 0 (``mask_stats`` [4, Ci]; without, where mask_input
     <= 0); the tiles hold sum dz and sum dz*(mask_input - mean) (without mask_stats: zero). Instead of it,
     ``residual`` is added: [N, Ci, H, W], or [N, Ci, ceil(H/s_h), ceil(W/s_w)] at every ``residual_stride``-th
-    pixel. ``config.form`` "box" and "walk": see box_conv. Raises ValueError for anything else.
+    pixel; of one of every pixel with ``residual_bits`` (see bits.py) what has its bit set. ``config.form`` "box" and
+    "walk": see box_conv. Raises ValueError for anything else.
     """
     p = problem
     if config.form != "rows":
@@ -63,6 +66,10 @@ def conv_dgrad(
     if residual is not None:
         size = (triton.cdiv(p.H, residual_stride[0]), triton.cdiv(p.W, residual_stride[1]))
         require_image(residual, (p.N, p.Ci, *size), dy, "residual")
+    if residual_bits is not None:
+        if residual is None or residual_stride != (1, 1) or p.stride != (1, 1):
+            raise ValueError("residual_bits goes with a residual of every pixel, at stride 1")
+        require_bits(residual_bits, residual.shape, dy.device)
 
     acc = accumulation_dtype(dy.dtype)
     # Every parity class of input pixels has as many tiles as the largest, the first.
@@ -75,7 +82,7 @@ def conv_dgrad(
     launch(
         conv_dgrad_kernel,
         (num_m * num_n,),
-        touched=(dy, weight, dx, y, coeffs, mask_input, mask_stats, residual, tiles),
+        touched=(dy, weight, dx, y, coeffs, mask_input, mask_stats, residual, residual_bits, tiles),
         flops=p.flops,
         config=config,
         device=dy.device,
@@ -87,6 +94,7 @@ def conv_dgrad(
         mask_input_ptr=mask_input,
         mask_stats_ptr=mask_stats,
         residual_ptr=residual,
+        residual_bits_ptr=residual_bits,
         tiles_ptr=tiles,
         N=p.N,
         H=p.H,
@@ -95,6 +103,7 @@ def conv_dgrad(
         Q=p.Q,
         Ci=p.Ci,
         Co=p.Co,
+        row_bytes=triton.cdiv(p.Ci, 8),
         num_m=num_m,
         num_n=num_n,
         R=p.R,
@@ -114,6 +123,7 @@ def conv_dgrad(
         HAS_MASK=mask_input is not None,
         HAS_MASK_STATS=mask_stats is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL_BITS=residual_bits is not None,
         PREFETCH=config.prefetch and (mask_input is not None or residual is not None),
         EVEN_K=p.Co % config.block_k == 0,
         EVEN_N=p.Ci % config.block_n == 0,

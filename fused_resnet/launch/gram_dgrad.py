@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..kernels.gram_dgrad import gram_dgrad_kernel
 from ..plan.config import GemmConfig
+from .bits import require_bits
 from .check import accumulation_dtype, dot_precision, require_device, require_dtype, require_image, require_rows
 from .record import launch
 
@@ -28,6 +29,7 @@ def gram_dgrad(
     *,
     scales: torch.Tensor | None = None,
     stride: Pair = (1, 1),
+    bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx [N, p, I, J], its sums [2, T, p]): the gradient below the ReLU in front of a 1x1 convolution with BatchNorm.
 
@@ -36,6 +38,7 @@ def gram_dgrad(
     [q, p] and ``P`` [p, p] contiguous, all of one dtype; ``bias`` [p] and ``stats`` [4, p] (of y) have the
     accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Without ``stats`` a = y and dx = da, with
     no sums (None), and the convolution may have a ``stride``: dx is that of the sampled pixels, I = ceil(H / stride).
+    ``bits`` is the mask of a ReLU (see bits.py) behind which ``dz`` counts: it is the gradient above it then.
     Raises ValueError for anything else.
     """
     if dz.dim() != 4 or y.dim() != 4:
@@ -59,6 +62,8 @@ def gram_dgrad(
         require_rows(stats, 4, p, dz, "stats")
     if scales is not None:
         require_rows(scales[None], 1, 2, dz, "scales")
+    if bits is not None:
+        require_bits(bits, dz.shape, dz.device)
 
     acc = accumulation_dtype(dz.dtype)
     num_m, num_n = triton.cdiv(M, config.block_m), triton.cdiv(p, config.block_n)
@@ -67,11 +72,12 @@ def gram_dgrad(
     launch(
         gram_dgrad_kernel,
         (num_m * num_n,),
-        touched=(dz, M * p * y.element_size(), AW, P, bias, stats, scales, dx, tiles),
+        touched=(dz, bits, M * p * y.element_size(), AW, P, bias, stats, scales, dx, tiles),
         flops=2 * M * p * (q + p),
         config=config,
         device=dz.device,
         dz_ptr=dz,
+        bits_ptr=bits,
         y_ptr=y,
         aw_ptr=AW,
         p_ptr=P,
@@ -87,8 +93,10 @@ def gram_dgrad(
         W=W,
         I=I,
         J=J,
+        row_bytes=triton.cdiv(q, 8),
         num_m=num_m,
         num_n=num_n,
+        HAS_BITS=bits is not None,
         HAS_RELU=stats is not None,
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],

@@ -111,19 +111,23 @@ def _most_width(route: str) -> int:
 def _gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None = None) -> GramPlan:
     stores_a = _stores_a(last, target, joined=projection is not None)
     fprop = _fprop_name(stores_a, joined=projection is not None)
+    stores_dz = _stores_dz(last, target)
+    dgrad = "dgrad+gram" if stores_dz else "dgrad+in+gram"
     return GramPlan(
         gram=_measured(last, "gram", target, _gram_config(last, target)),
         fprop=_measured(last, fprop, target, default_config(last, "fprop", target)),
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
-        dgrad=_measured(last, "dgrad+gram", target, _gram_dgrad_config(last, target)),
+        dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),
         projection=None if projection is None else _gram_projection(projection, target),
         stores_a=stores_a,
+        stores_dz=stores_dz,
     )
 
 
 LEAST_STORED_WIDTH = 256
-"""From here on so many tiles of output channels read the same input that forming it once is faster."""
+"""From here on so many tiles of output channels read the same input that forming it once should be faster: estimated
+from the kernels' instructions, not measured."""
 
 
 def _stores_a(last: ConvProblem, target: Target, joined: bool) -> bool:
@@ -132,6 +136,14 @@ def _stores_a(last: ConvProblem, target: Target, joined: bool) -> bool:
     if formed is not None and formed.whole_us is not None and on_load is not None and on_load.us is not None:
         return formed.whole_us < on_load.us
     return last.Ci >= LEAST_STORED_WIDTH
+
+
+def _stores_dz(last: ConvProblem, target: Target) -> bool:
+    """Whether the weight gradient writes the dz that it forms. So it does until both were measured."""
+    written, on_load = (tables.lookup(last, name, target) for name in ("dgrad+gram", "dgrad+in+gram"))
+    if written is None or written.whole_us is None or on_load is None or on_load.us is None:
+        return True
+    return written.whole_us <= on_load.us
 
 
 def _fprop_name(stores_a: bool, joined: bool) -> str:

@@ -61,6 +61,9 @@ class GramPlan:
     """None where there is none, or where it is staged."""
     stores_a: bool = False
     """The Gram kernel writes the input as it formed it, for fprop to read; else fprop forms it again on load."""
+    stores_dz: bool = True
+    """``masked_wgrad`` writes the dz that it forms; else who reads it forms it again, from the mask (if they can:
+    :attr:`Plan.stores_dz`)."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,15 @@ class Plan:
             return False
         follows_from_y = p.batch_statistics and p.residual == "none" and self.gram is None
         return not follows_from_y
+
+    @property
+    def stores_dz(self) -> bool:
+        """Whether the Gram route writes the gradient behind the last ReLU: where not only its own dgrad reads it, and,
+        as the shortcut's gradient, a dgrad of ours."""
+        p, first = self.problem, self.convs[0].dgrad.config
+        adds = p is not None and p.residual == "identity" and first is not None and first.form == "rows"
+        masks = adds or (p is not None and p.residual == "none")
+        return not masks or (self.gram is not None and self.gram.stores_dz)
 
     def encode(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

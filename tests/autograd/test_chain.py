@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_resnet as fr
 from tests.conftest import INTERPRETED
-from tests.eager import Chain, compare, editing, formed, mixed, mixing, pair, projects_staged, stores_a
+from tests.eager import Chain, compare, editing, formed, masks_on_load, mixed, mixing, pair, projects_staged, stores_a
 
 quick = pytest.mark.quick
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
@@ -179,6 +179,27 @@ def test_passes_form_dy_and_dz(kind: str, route: str) -> None:
     of_gram = 0 if route == "staged" else layers - 2
     assert ran.count("bn_grad_apply_kernel") == layers - of_gram
     assert ("gram_dgrad_kernel" in ran) == (route == "gram")
+
+
+@quick
+@pytest.mark.parametrize("first", ["ours", "the vendor's"])
+@pytest.mark.parametrize("kind", ["none", "identity", "given", "projection"])
+def test_gram_forms_dz_on_load(kind: str, first: str) -> None:
+    """Where nobody but the route's own dgrad reads dz, or our first layer's, it is not written."""
+    case = chain(3, kind)
+    case.route = "gram"
+
+    def edit(text: str) -> str:
+        return mixed(masks_on_load(text), lambda i, kind: i == 0 and kind == "dgrad" and first != "ours")
+
+    with editing(edit), fr.record_launches() as launches:
+        compare(case)
+    written = {launch.bytes for launch in launches if launch.kernel == "gram_wgrad_kernel"}
+    with fr.record_launches() as usual:
+        compare(case)
+    fewer = {launch.bytes for launch in usual if launch.kernel == "gram_wgrad_kernel"}.pop() - written.pop()
+    expects = kind == "none" or (kind == "identity" and first == "ours")
+    assert (fewer > 0) == expects
 
 
 @quick

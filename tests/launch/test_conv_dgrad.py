@@ -9,6 +9,7 @@ from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
+from tests.bits import pack
 
 CONFIG = GemmConfig(block_m=32, block_n=16, block_k=16, num_warps=4)
 TRANSPOSED = replace(CONFIG, transposed=True)
@@ -151,6 +152,20 @@ def test_residual(problem, residual_stride, config):
     assert_close(dx, expected, dy.dtype)
 
 
+@EPILOGUES
+@pytest.mark.parametrize("problem", [p for p in POINTWISE + SPATIAL if p.stride == (1, 1)], ids=str)
+def test_masked_residual(problem, config):
+    """Of the residual what has its bit set, whatever the rest holds."""
+    dy, weight = operands(problem)
+    expected = reference(dy, weight, problem)
+    residual = nhwc(*expected.shape)
+    passes = torch.rand(expected.shape) < 0.6
+    bits = pack(passes.permute(0, 2, 3, 1).reshape(-1, problem.Ci))
+    above = torch.where(passes, residual, torch.inf).contiguous(memory_format=torch.channels_last)
+    dx, _ = conv_dgrad(dy, weight, problem, config, residual=above, residual_bits=bits)
+    assert_close(dx, expected + torch.where(passes, residual, 0.0), dy.dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 20, 24, 1, 1), (2, 6, 5, 20, 5, 3, 3)], ids=str)
 def test_lower_precision(shape, dtype, monkeypatch):
@@ -226,6 +241,8 @@ def test_meta_tensors_are_only_recorded():
         ({"mask_stats": torch.zeros(4, 20).double()}, "mask_stats goes with mask_input"),
         ({"mask_input": nhwc(2, 20, 5, 6), "residual": nhwc(2, 20, 5, 6)}, "exclude each other"),
         ({"residual": nhwc(2, 20, 5, 6), "residual_stride": (2, 2)}, "residual must have shape"),
+        ({"residual_bits": torch.zeros(60, 3, dtype=torch.uint8)}, "residual_bits goes with a residual"),
+        ({"residual": nhwc(2, 20, 5, 6), "residual_bits": torch.zeros(60, 2, dtype=torch.uint8)}, "bits must have"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

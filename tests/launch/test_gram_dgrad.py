@@ -8,6 +8,7 @@ from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.gram_dgrad import gram_dgrad_config
 from fused_resnet.plan.target import H100, INTERPRETER
+from tests.bits import pack
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 WHOLE = GemmConfig(block_m=32, block_n=128, block_k=16, num_warps=4)
@@ -81,6 +82,23 @@ def test_against_the_products(shape, config, device):
 def test_lower_precision(shape, config, dtype, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(shape, config, dtype, device)
+
+
+@pytest.mark.parametrize("config", [WHOLE, TILED], ids=["whole", "tiled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forms_dz_from_the_mask(shape, config, device):
+    """dout and bits give what the dz they stand for gives, to the last bit; an infinity behind the mask is not seen."""
+    dout, *rest = operands(shape, torch.float32, device)
+    passes = torch.rand(dout.shape, device=device) < 0.6
+    dz = torch.where(passes, dout, 0.0).contiguous(memory_format=torch.channels_last)
+    dout = torch.where(passes, dout, torch.inf).contiguous(memory_format=torch.channels_last)
+    bits = pack(passes.permute(0, 2, 3, 1).reshape(-1, dout.shape[1]))
+    for found, expects in zip(gram_dgrad(dout, *rest, config, bits=bits), gram_dgrad(dz, *rest, config), strict=True):
+        assert torch.equal(found, expects)
+    wrong = bits.flip(1) if bits.shape[1] > 1 else bits ^ 1
+    assert not torch.equal(gram_dgrad(dz, *rest, config, bits=wrong)[0], gram_dgrad(dz, *rest, config)[0])
+    with pytest.raises(ValueError, match="bits"):
+        gram_dgrad(dz, *rest, config, bits=bits[1:])
 
 
 def test_scales(device):
