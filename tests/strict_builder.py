@@ -227,6 +227,11 @@ class StrictBuilder(interpreter.InterpreterBuilder):
         written[index] = self.program + 1
         memory[index] = data
 
+    def create_descriptor_store(self, desc: Any, value: Handle, indices: list[Handle]) -> None:
+        if not desc.materialize_pointers(indices)[1].any():
+            raise Violation("a store to a box that lies wholly outside of its tensor: hardware traps")
+        super().create_descriptor_store(desc, value, indices)
+
     def create_atomic_rmw(self, op: Any, ptr: Handle, val: Handle, mask: Handle, *rest: Any) -> Handle:
         if val.dtype.scalar.is_floating():
             raise Violation("atomics on floats depend on the order of programs")

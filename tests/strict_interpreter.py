@@ -10,7 +10,7 @@ place, for every kernel of the process:
 - ``maximum``, ``minimum``, ``clamp`` and their reductions drop NaN;
 - a masked lane without ``other`` reads NaN (integers: a wild number);
 - every access must lie inside the argument its pointer came from; no element is written by two programs of a launch,
-  and none that another program wrote is read; float atomics are refused;
+  and none that another program wrote is read; a descriptor's store must touch its tensor; float atomics are refused;
 - int32 arithmetic that overflows is refused; hints (``multiple_of``, ``max_contiguous``) must be true;
   ``device_assert`` is on; a tensor of several elements has no truth value;
 - programs run in a shuffled order, by seed.

@@ -39,9 +39,8 @@ def load_filter(w_desc, tap, k0, c0, columns, FLIP: tl.constexpr):
 
 
 @triton.jit
-def store_box(
+def finish_box(
     acc,
-    y_desc,
     mask_desc,
     mask_stats_ptr,
     tiles_ptr,
@@ -52,6 +51,8 @@ def store_box(
     w0,
     c0,
     C,
+    stores,
+    DTYPE: tl.constexpr,
     HAS_STATS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_MASK_STATS: tl.constexpr,
@@ -59,12 +60,12 @@ def store_box(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue of a box. Of a ``tile`` below zero nothing is stored; its h0 lies outside of the image."""
+    """The epilogue of a box: the result as it is to be stored [BLOCK_M, BLOCK_N]; its tile, if it ``stores`` any."""
     # The tile stays as it was accumulated: transposed, a channel's sums run along its row, within four threads.
     PIXELS: tl.constexpr = 1 if TRANSPOSED else 0
     ACC: tl.constexpr = acc.dtype
     offs_c = c0 + tl.arange(0, BLOCK_N)
-    mask_c = (offs_c < C) & (tile >= 0)
+    mask_c = (offs_c < C) & stores
     if HAS_MASK:
         x = mask_desc.load([n0, h0, w0, c0]).reshape(BLOCK_M, BLOCK_N)
         if TRANSPOSED:
@@ -76,10 +77,7 @@ def store_box(
             shift = load_columns(mask_stats_ptr + 3 * C, offs_c, mask_c, TRANSPOSED)
             pre = affine(x, scale, shift)
         acc = relu_grad(acc, pre)
-    y = acc.to(y_desc.dtype)
-    stored = y.T if TRANSPOSED else y
-    y_desc.store([n0, h0, w0, c0], stored.reshape(y_desc.block_shape))
-
+    y = acc.to(DTYPE)
     values = y.to(ACC)
     if HAS_STATS or HAS_MASK:
         tile_ptrs = tiles_ptr + tile * C + offs_c
@@ -95,6 +93,7 @@ def store_box(
             tl.store(tile_ptrs + num_m * C, tl.sum(values * (x - mean), axis=PIXELS), mask=mask_c)
         else:
             tl.store(tile_ptrs + num_m * C, tl.zeros((BLOCK_N,), ACC), mask=mask_c)
+    return y.T if TRANSPOSED else y
 
 
 @triton.jit
@@ -147,10 +146,11 @@ def box_conv_kernel(
         else:
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    store_box(
-        acc, y_desc, mask_desc, mask_stats_ptr, tiles_ptr, pid_m, num_m, n0, h0, w0, c0, C,
-        HAS_STATS, HAS_MASK, HAS_MASK_STATS, TRANSPOSED, BLOCK_M, BLOCK_N,
+    y = finish_box(
+        acc, mask_desc, mask_stats_ptr, tiles_ptr, pid_m, num_m, n0, h0, w0, c0, C, True,
+        y_desc.dtype, HAS_STATS, HAS_MASK, HAS_MASK_STATS, TRANSPOSED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
+    y_desc.store([n0, h0, w0, c0], y.reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
 
 
 @triton.jit
@@ -192,11 +192,13 @@ def walk_conv_kernel(
     """The columns of boxes, H + 1 steps each, make one long walk that the programs share evenly.
 
     Step h of a column reads row h and finishes row h - 1. Row H, below the image, is zero: it adds nothing to the row
-    that it finishes, nor to the first rows of the next column, which it leaves clean. What the first step of a column
-    finishes lies above the image. A program begins two steps early, for the rows whose share the one before it added.
+    that it finishes, nor to the first rows of the next column, which it leaves clean. The first step of a column
+    finishes nothing. A program begins two steps early, for the rows whose share the one before it added.
+    y has more images than N: spare ones.
     """
     c0 = tl.program_id(0) % num_n * BLOCK_N
-    first = tl.program_id(0) // num_n * steps_per_walk
+    walk = tl.program_id(0) // num_n
+    first = walk * steps_per_walk
     last = tl.minimum(first + steps_per_walk, steps)
     f00 = load_filter(w_desc, 0, 0, c0, columns, FLIP)
     f01 = load_filter(w_desc, 1, 0, c0, columns, FLIP)
@@ -207,6 +209,12 @@ def walk_conv_kernel(
     f20 = load_filter(w_desc, 6, 0, c0, columns, FLIP)
     f21 = load_filter(w_desc, 7, 0, c0, columns, FLIP)
     f22 = load_filter(w_desc, 8, 0, c0, columns, FLIP)
+
+    # A copy to a box that lies wholly outside traps: what finishes no row goes to a box of the walk's own, in the
+    # images behind the last one.
+    spare_n = (num_m // (H * boxes_w) + walk // (H * boxes_w)) * BOX_N
+    spare_h = walk // boxes_w % H
+    spare_w = walk % boxes_w * BOX_W
 
     start = tl.maximum(first - 2, 0)
     column = start // (H + 1)
@@ -223,13 +231,15 @@ def walk_conv_kernel(
         here = add_row(here, left, middle, right, f10, f11, f12, PRECISION)
         below = add_row(tl.zeros((BLOCK_M, BLOCK_N), ACC), left, middle, right, f00, f01, f02, PRECISION)
 
-        finished = (step >= first) & (h > 0)
-        row = tl.where(finished, h - 1, -1)
-        tile = tl.where(finished, column * H + row, -1)
-        store_box(
-            above, y_desc, mask_desc, mask_stats_ptr, tiles_ptr, tile, num_m, n0, row, w0, c0, C,
-            HAS_STATS, HAS_MASK, HAS_MASK_STATS, False, BLOCK_M, BLOCK_N,
+        stores = (step >= first) & (h > 0)
+        y = finish_box(
+            above, mask_desc, mask_stats_ptr, tiles_ptr, column * H + h - 1, num_m, n0, h - 1, w0, c0, C, stores,
+            y_desc.dtype, HAS_STATS, HAS_MASK, HAS_MASK_STATS, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        place_n = tl.where(stores, n0, spare_n)
+        place_h = tl.where(stores, h - 1, spare_h)
+        place_w = tl.where(stores, w0, spare_w)
+        y_desc.store([place_n, place_h, place_w, c0], y.reshape(BOX_N, 1, BOX_W, BLOCK_N))
         above = here
         here = below
         h += 1

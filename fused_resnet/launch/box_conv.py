@@ -91,24 +91,27 @@ def _launch(
     acc = accumulation_dtype(x.dtype)
     num_m = p.M // config.block_m
     num_n = triton.cdiv(channels, config.block_n)
-    y = torch.empty((p.N, channels, p.H, p.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tiled = stats or mask_input is not None
     tiles = torch.empty((2, num_m, channels), dtype=acc, device=x.device) if tiled else None
     filters = [config.block_k, config.block_n] if flip else [config.block_n, config.block_k]
     own: dict[str, int | bool]
+    spare = 0
     if walks:
-        columns = p.N // box.n * (p.W // box.w)
-        steps = columns * (p.H + 1)
+        per_image = p.H * (p.W // box.w)
+        steps = p.N // box.n * (p.W // box.w) * (p.H + 1)
         steps_per_walk = triton.cdiv(steps, config.split)
         programs = triton.cdiv(steps, steps_per_walk)
+        spare = triton.cdiv(programs, per_image) * box.n  # see the kernel
         own = {"H": p.H, "steps": steps, "steps_per_walk": steps_per_walk}
     else:
         programs = num_m
         own = {"boxes_h": p.H // box.h, "K": reduced, "TRANSPOSED": config.transposed, "BOX_H": box.h}
+    shape = (p.N + spare, channels, p.H, p.W)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     launch(
         walk_conv_kernel if walks else box_conv_kernel,
         (programs * num_n,),
-        touched=(x, weight, y, mask_input, mask_stats, tiles),
+        touched=(x, weight, y[: p.N], mask_input, mask_stats, tiles),
         flops=p.flops,
         config=config,
         device=x.device,
@@ -136,4 +139,4 @@ def _launch(
         BLOCK_K=config.block_k,
         **own,
     )
-    return y, tiles
+    return y[: p.N], tiles

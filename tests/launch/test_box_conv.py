@@ -166,7 +166,9 @@ PLANTED = {
     "a walk that starts late": ("tl.maximum(first - 2, 0)", "tl.maximum(first - 1, 0)"),
     "a column without its zero row": ("h > H, 1, 0", "h >= H, 1, 0"),
     "filter rows upside down": ("f20, f21, f22", "f00, f01, f02"),
-    "one statistic for two boxes": ("column * H + row", "column * H"),
+    "one statistic for two boxes": ("column * H + h - 1", "column * H"),
+    "a row above the image": ("tl.where(stores, h - 1, spare_h)", "h - 1"),
+    "no spare images": ("tl.where(stores, n0, spare_n)", "n0"),
     "the mask a product with relu": ("relu_grad(acc, pre)", "acc * pre"),
     "sums not centred": ("values * (x - mean)", "values * x"),
 }
