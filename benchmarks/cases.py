@@ -155,7 +155,7 @@ class ConvCase:
             t["shortcut"] = image(p.Co, p.P, p.Q)
             t["bits"] = empty_bits(t["shortcut"].shape, t["shortcut"].device)
         if self.gram and self.kind == "dgrad":
-            t["products"] = torch.randn((p.Ci, p.Ci), dtype=self.dtype, device=device) * 0.01
+            t["products"] = tensors.products(p.Ci, self.dtype, device)
             t["bias"] = tensors.channels(1, p.Ci, device, acc)[0] * 0.01
         return t
 
@@ -272,7 +272,8 @@ class ConvCase:
             dx = dx + t["residual"].to(dtype)
         if self.gram:
             a = torch.relu(self._normalised(t)).to(self.dtype).to(dtype)
-            more = vendor.conv_fprop(a, t["products"].t()[:, :, None, None].to(dtype), replace(p, Co=p.Ci))
+            products = tensors.whole(t["products"]).t()[:, :, None, None].to(dtype)
+            more = vendor.conv_fprop(a, products, replace(p, Co=p.Ci))
             dx = (dx.to(acc) + more.to(acc) + t["bias"].to(acc)[None, :, None, None]).to(dtype)
         if self.stats:
             dx = torch.where(self._normalised(t) <= 0, torch.zeros((), dtype=dtype, device=dx.device), dx)

@@ -102,7 +102,7 @@ class ProjectionCase(ConvCase):
         if self.kind == "wgrad":
             return super().mathematics(t, dtype)
         p, x = self.problem.sampled(), self._sampled(t).to(dtype)
-        products = t["products"].t()[:, :, None, None].to(dtype)
+        products = tensors.whole(t["products"]).t()[:, :, None, None].to(dtype)
         dx = vendor.conv_dgrad(t["dy"].to(dtype), x, t["w"].to(dtype), p)
         more = vendor.conv_fprop(x, products, replace(p, Co=p.Ci))
         return (dx.to(acc) + more.to(acc) + t["bias"].to(acc)[None, :, None, None]).to(dtype)

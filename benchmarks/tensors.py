@@ -35,3 +35,15 @@ def relu_bits(out: torch.Tensor) -> torch.Tensor:
         column = passed[:, bit::8]
         bits[:, : column.shape[1]] |= column.to(torch.uint8) << bit
     return bits
+
+
+def products(p: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A P of the Gram route [terms, p, p]: of 16 bits two terms, the second what the first leaves."""
+    whole = torch.randn((p, p), dtype=torch.float32, device=device) * 0.01
+    first = whole.to(dtype)
+    return torch.stack([first, (whole - first).to(dtype)]) if dtype.itemsize == 2 else first[None]
+
+
+def whole(terms: torch.Tensor) -> torch.Tensor:
+    """The matrix that the terms add up to."""
+    return terms.to(torch.promote_types(terms.dtype, torch.float32)).sum(0)

@@ -72,7 +72,7 @@ def gradients(case, config=SMALL, out_dtype=None):
 
 def input_gradient(case, grads):
     """da as gram_dgrad forms it, in float64."""
-    aw, p = grads.aw.double(), grads.p.double()
+    aw, p = grads.aw.double(), grads.p.double().sum(0)
     if grads.scales is not None:
         aw, p = aw / grads.scales[0].double(), p / grads.scales[1].double()
     return matrix(case.dz) @ aw + matrix(case.a) @ p + grads.bias.double()
@@ -111,3 +111,14 @@ def check_statistics(case, tolerance=None):
     scale = case.gamma.double() * rstd
     for row, expected in zip(stats, (mean, rstd, scale, case.beta.double() - mean * scale), strict=True):
         assert relative(row, expected) < tolerance
+
+
+def check_terms(case):
+    """P in two 16-bit terms: the first the exact one rounded, both together as good as float32 needs."""
+    stats, _, _ = statistics(case)
+    grads, weight = gradients(case), case.weight.double().flatten(1)
+    coeff_b = -stats[2].double() * stats[1].double() * grads.dgamma.double() / len(matrix(case.x))
+    exact, p = weight.T @ (coeff_b[:, None] * weight), case.x.shape[1]
+    assert grads.p.shape == (2, p, p) and grads.p.dtype == case.x.dtype
+    assert relative(grads.p[0], exact) < 1.01 * relative(exact.to(case.x.dtype), exact)
+    assert relative(grads.p.double().sum(0), exact) < 2e-5

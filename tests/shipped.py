@@ -208,7 +208,7 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     conv_wgrad(x, dz, p, plan.projection.wgrad, out_dtype=torch.float32)
     aw, products = (
         torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),
-        torch.empty((p.Ci, p.Ci), dtype=dtype, device="meta"),
+        torch.empty((1 + (dtype.itemsize == 2), p.Ci, p.Ci), dtype=dtype, device="meta"),
     )
     scales = _rows(1, 2)[0] if dtype == torch.float16 else None
     bias = _rows(1, p.Ci)[0]

@@ -17,6 +17,8 @@ D is what T would be of a centred input: the mean of dz, which may be 30 times i
     gram_bias_kernel         A∘W, P -> bias
 
 A float16 A∘W or P could vanish in its exponent range: both are stored multiplied by a power of two, ``scales`` [2].
+P is stored as two 16-bit terms that add up: a rounding of P is the same in every row of a P, so that it adds up in the
+sums that the layer below makes of da, and where dz lies along y's own direction those are small differences.
 """
 
 import triton
@@ -217,10 +219,11 @@ def gram_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of P = Wᵀ(B∘W), rounded. ``PARTS``: two are twice the bits that a bfloat16 P keeps."""
+    """One tile of P = Wᵀ(B∘W), as one rounded term or two. ``PARTS``: two have as many bits as two terms."""
     tiles = tl.cdiv(P, BLOCK_N)
     offs_i = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -250,7 +253,11 @@ def gram_product_kernel(
         if tl.program_id(0) == 0:
             tl.store(scales_ptr + 1, scale)
     offs = offs_i.to(tl.int64)[:, None] * P + offs_j[None, :]
-    tl.store(p_ptr + offs, acc.to(p_ptr.dtype.element_ty), mask=mask_i[:, None] & mask_j[None, :])
+    rounded = acc.to(p_ptr.dtype.element_ty)
+    tl.store(p_ptr + offs, rounded, mask=mask_i[:, None] & mask_j[None, :])
+    if TERMS == 2:
+        rest = (acc - rounded.to(ACC)).to(p_ptr.dtype.element_ty)
+        tl.store(p_ptr + P * P + offs, rest, mask=mask_i[:, None] & mask_j[None, :])
 
 
 @triton.jit
@@ -265,6 +272,7 @@ def gram_bias_kernel(
     Q,
     inverse_rows: tl.float64,
     SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
@@ -284,13 +292,13 @@ def gram_bias_kernel(
         mean = (tl.load(dbeta_ptr + rows, mask=mask_k, other=0.0) * inverse_rows).to(ACC)
         of_dz += mean[:, None] * aw.to(ACC)
     of_a = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
-    for start in range(0, P, BLOCK_K):
+    for start in range(0, TERMS * P, BLOCK_K):
         rows = start + offs_k
-        mask_k = rows < P
+        mask_k = rows < TERMS * P
         p = tl.load(
             p_ptr + rows.to(tl.int64)[:, None] * P + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
         )
-        mean = tl.load(m_ptr + rows, mask=mask_k, other=0.0)
+        mean = tl.load(m_ptr + rows % P, mask=mask_k, other=0.0)
         of_a += mean[:, None] * p.to(ACC)
     sum_dz = tl.sum(of_dz, axis=0)
     sum_a = tl.sum(of_a, axis=0)

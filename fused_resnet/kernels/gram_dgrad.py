@@ -2,11 +2,12 @@
 
     da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(B∘W) [p, p],   a = relu(y*scale + shift), rounded
 
-is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. The ReLU that made a then masks da. A projection reads
-the block's input as it is: then a = y, of which it may sample every stride-th pixel, and da is the result.
+is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. P comes in one term, or in two that add up. The ReLU
+that made a then masks da. A projection reads the block's input as it is: then a = y, of which it may sample every
+stride-th pixel, and da is the result.
 
 Reads   dz [M, q], or dout [M, q] and bits [M, ceil(q / 8)] (see bits.py): dz is dout where they are set, else zero;
-        y [M, p] (raw, before its BatchNorm), AW, P, bias [p], stats [4, p] of y, scales [2].
+        y [M, p] (raw, before its BatchNorm), AW, P [terms, p, p], bias [p], stats [4, p] of y, scales [2].
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
         sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
@@ -86,6 +87,7 @@ def gram_dgrad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    TERMS: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_Q: tl.constexpr,
     EVEN_P: tl.constexpr,
@@ -156,6 +158,9 @@ def gram_dgrad_kernel(
             a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
         b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+        if TERMS == 2:
+            b = load_matrix(p_ptr + (P + offs_n)[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         y_offs = y_rows + offs_k[None, :]
         p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
@@ -172,6 +177,9 @@ def gram_dgrad_kernel(
                 shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
                 a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+            if TERMS == 2:
+                b = load_matrix(p_ptrs + (P + k0) * P, mask_k, mask_n, EVEN_P, EVEN_N)
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
 
     if HAS_SCALES:
         acc *= 1.0 / scale_p

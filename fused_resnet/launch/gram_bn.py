@@ -115,9 +115,9 @@ def gram_backward(
     """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
 
     ``t`` = dzᵀa ([q, p] or [q, p, 1, 1]) and ``sum_dz`` [q] in the accumulation dtype; ``v``, ``m`` and ``stats`` are
-    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [p, p] (in
-    the weight's dtype), bias [p] with which da = dz AW + a P + bias; for float16 ``scales`` [2], powers of two by which
-    AW and P are multiplied, else None.
+    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [terms, p, p]
+    (in the weight's dtype; two terms of 16 bits, or one), bias [p] with which da = dz AW + a P[0] (+ a P[1]) + bias;
+    for float16 ``scales`` [2], powers of two by which AW and P are multiplied, else None.
     """
     q, p = _require_weight(weight)
     if t.dim() == 4:
@@ -137,7 +137,8 @@ def gram_backward(
     dw = torch.empty((q, p, 1, 1), dtype=out_dtype, device=device, memory_format=torch.channels_last)
     dgamma, b = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
     aw = torch.empty((q, p), dtype=weight.dtype, device=device)
-    product = torch.empty((p, p), dtype=weight.dtype, device=device)
+    terms = 2 if weight.dtype in (torch.bfloat16, torch.float16) else 1
+    product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
     bias = torch.empty((p,), dtype=acc_dtype, device=device)
     bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
     scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
@@ -187,6 +188,7 @@ def gram_backward(
         BLOCK_N=product_config.block_n,
         BLOCK_K=product_config.block_k,
         PARTS=2 if weight.dtype == torch.bfloat16 else 0,
+        TERMS=terms,
         INPUT_PRECISION=product_precision(device),
         **common,
     )
@@ -205,6 +207,7 @@ def gram_backward(
         scales_ptr=scales,
         bias_ptr=bias,
         inverse_rows=1.0 / rows,
+        TERMS=terms,
         BLOCK_K=bias_config.block_m,
         BLOCK_N=bias_config.block_c,
         **common,

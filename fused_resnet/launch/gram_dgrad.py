@@ -35,9 +35,10 @@ def gram_dgrad(
 
     With a = relu(y*scale + shift), da = dz·AW + a·P + bias and dx = relu_grad(da, y*scale + shift); the sums, one row
     per M tile, are sum dx and sum dx*(y - mean). ``dz`` [N, q, I, J] and ``y`` [N, p, H, W] are dense NHWC, ``AW``
-    [q, p] and ``P`` [p, p] contiguous, all of one dtype; ``bias`` [p] and ``stats`` [4, p] (of y) have the
-    accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Without ``stats`` a = y and dx = da, with
-    no sums (None), and the convolution may have a ``stride``: dx is that of the sampled pixels, I = ceil(H / stride).
+    [q, p] and ``P`` ([p, p], or [2, p, p]: two terms that add up) contiguous, all of one dtype; ``bias`` [p] and
+    ``stats`` [4, p] (of y) have the accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Without
+    ``stats`` a = y and dx = da, with no sums (None), and the convolution may have a ``stride``: dx is that of the
+    sampled pixels, I = ceil(H / stride).
     ``bits`` is the mask of a ReLU (see bits.py) behind which ``dz`` counts: it is the gradient above it then.
     Raises ValueError for anything else.
     """
@@ -52,9 +53,11 @@ def gram_dgrad(
         raise ValueError(f"stats goes with stride 1, got {stride}")
     require_image(dz, (N, q, I, J), dz, "dz")
     require_image(y, (N, p, H, W), dz, "y")
-    for name, matrix, rows in (("AW", AW, q), ("P", P, p)):
-        if tuple(matrix.shape) != (rows, p) or not matrix.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [{rows}, {p}], got shape {tuple(matrix.shape)}")
+    terms = P.shape[0] if P.dim() == 3 else 1
+    shape_of_p = (terms, p, p) if P.dim() == 3 and terms in (1, 2) else (p, p)
+    for name, matrix, shape in (("AW", AW, (q, p)), ("P", P, shape_of_p)):
+        if tuple(matrix.shape) != shape or not matrix.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {list(shape)}, got shape {tuple(matrix.shape)}")
         require_dtype(matrix, dz.dtype, name)
         require_device(dz.device, **{name: matrix})
     require_rows(bias[None], 1, p, dz, "bias")
@@ -73,7 +76,7 @@ def gram_dgrad(
         gram_dgrad_kernel,
         (num_m * num_n,),
         touched=(dz, bits, M * p * y.element_size(), AW, P, bias, stats, scales, dx, tiles),
-        flops=2 * M * p * (q + p),
+        flops=2 * M * p * (q + terms * p),
         config=config,
         device=dz.device,
         dz_ptr=dz,
@@ -101,6 +104,7 @@ def gram_dgrad(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         HAS_SCALES=scales is not None,
+        TERMS=terms,
         WHOLE=num_n == 1 and config.block_n <= WHOLE,
         EVEN_Q=q % config.block_k == 0,
         EVEN_P=p % config.block_k == 0,

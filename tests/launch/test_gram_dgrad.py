@@ -86,6 +86,23 @@ def test_lower_precision(shape, config, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("config", [WHOLE, TILED], ids=["whole", "tiled"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_terms_add_up(shape, config, device):
+    """P as two bfloat16 terms is worth 16 bits of it; so is P alone, in one term of three dimensions."""
+    dz, y, AW, P, bias, stats = operands(shape, torch.bfloat16, device)
+    P = torch.randn(P.shape, dtype=torch.float64, device=device)
+    first = P.bfloat16()
+    terms = torch.stack([first, (P - first.double()).bfloat16()])
+    dx, _ = gram_dgrad(dz, y, torch.zeros_like(AW), terms, bias, stats, config)
+    reference = expected(dz, y, torch.zeros_like(AW), P, bias, stats)
+    assert (dx.double() - reference).norm() <= 1.01 * (reference.bfloat16().double() - reference).norm() + 1e-4
+    one = gram_dgrad(dz, y, AW, first[None], bias, stats, config)
+    assert all(map(torch.equal, one, gram_dgrad(dz, y, AW, first, bias, stats, config)))
+    with pytest.raises(ValueError, match="P must be contiguous"):
+        gram_dgrad(dz, y, AW, torch.stack([first] * 3), bias, stats, config)
+
+
+@pytest.mark.parametrize("config", [WHOLE, TILED], ids=["whole", "tiled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forms_dz_from_the_mask(shape, config, device):
     """dout and bits give what the dz they stand for gives, to the last bit; an infinity behind the mask is not seen."""
     dout, *rest = operands(shape, torch.float32, device)

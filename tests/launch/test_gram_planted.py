@@ -9,14 +9,14 @@ import torch
 
 from fused_resnet.kernels import gram, gram_bn
 from fused_resnet.plan.config import GemmConfig
-from tests.gram_case import check_gradients, check_statistics, make_case, matrix, relative, statistics
+from tests.gram_case import check_gradients, check_statistics, check_terms, make_case, matrix, relative, statistics
 
 PLANTED = {
     "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
     "a lost last accumulator": ("    total += acc\n\n    partial_ptr", "    partial_ptr"),
     "an accumulator counted twice": (
-        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        if not SAMPLES",
-        "        if not SAMPLES",
+        "            acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)\n        if STORE_A",
+        "        if STORE_A",
     ),
     "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
     "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),
@@ -32,6 +32,7 @@ PLANTED = {
     "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
     "one part of three": ("for _ in tl.static_range(PARTS):", "for _ in tl.static_range(1):"),
     "parts that do not add up": ("right -= part.to(ACC)", "right = part.to(ACC)"),
+    "a lost second term of P": ("rest = (acc - rounded.to(ACC))", "rest = (acc - acc)"),
     "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
 }
 
@@ -60,7 +61,10 @@ def check_everything(device):
     check_gradients(case, 1e-5, 3e-5, config=GemmConfig(16, 16, 64, split=1))
     case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
     check_gradients(case, 3e-5, 5e-3)
-    check_statistics(make_case((3, 3, 3), 20, 40, torch.bfloat16, device))
+    case = make_case((3, 3, 3), 20, 40, torch.bfloat16, device)
+    check_statistics(case)
+    check_terms(case)
+    case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
     running_var = torch.zeros(40, device=device)
     statistics(case, running_var=running_var, momentum=1.0)
     y = matrix(case.a) @ case.weight.double().flatten(1).T
