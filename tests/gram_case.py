@@ -114,11 +114,12 @@ def check_statistics(case, tolerance=None):
 
 
 def check_terms(case):
-    """P in two 16-bit terms: the first the exact one rounded, both together as good as float32 needs."""
+    """P of A∘W as rounded, in two 16-bit terms: the first rounds the exact one, both together are worth float32."""
     stats, _, _ = statistics(case)
     grads, weight = gradients(case), case.weight.double().flatten(1)
-    coeff_b = -stats[2].double() * stats[1].double() * grads.dgamma.double() / len(matrix(case.x))
-    exact, p = weight.T @ (coeff_b[:, None] * weight), case.x.shape[1]
+    share = -stats[1].double() * grads.dgamma.double() / len(matrix(case.x))
+    scale = 1.0 if grads.scales is None else (grads.scales[1] / grads.scales[0]).double()
+    exact, p = weight.T @ (share[:, None] * grads.aw.double()) * scale, case.x.shape[1]
     assert grads.p.shape == (2, p, p) and grads.p.dtype == case.x.dtype
     assert relative(grads.p[0], exact) < 1.01 * relative(exact.to(case.x.dtype), exact)
     assert relative(grads.p.double().sum(0), exact) < 2e-5

@@ -7,13 +7,15 @@ For y = a Wᵀ with a [M, p] and W [q, p], batch statistics need no y:
 and neither do the gradients, from T = dzᵀa and dbeta = Σ dz, with A = gamma * rstd and D = T - dbeta ⊗ m:
 
     dgamma = rstd * rowsum(W ∘ D),   B = -A * rstd * dgamma / M,   dW = A∘D + (B * M)∘V
-    da = dz (A∘W) + a P + bias,      P = Wᵀ(B∘W),   bias = -(dbeta / M) (A∘W) - m P   (of both matrices as rounded)
+    da = dz (A∘W) + a P + bias,      P = Wᵀ(S∘A∘W),  S = -rstd * dgamma / M,   bias = -(dbeta / M) (A∘W) - m P
 
-D is what T would be of a centred input: the mean of dz, which may be 30 times its spread, cancels once and early.
+D is what T would be of a centred input: the mean of dz, which may be 30 times its spread, cancels once and early. P and
+bias are made of A∘W as rounded, and bias of P as rounded: da is then the centred (dz + S∘y) times the very matrix A∘W
+that dgrad reads, and what cancels between dz and its share along y or the mean cancels whatever the rounding was.
 
     gram_finalize_kernel     G, c -> stats [4, q], V [q, p], m [p]; the running statistics, in place
-    gram_backward_kernel     T -> dgamma, B, dW, A∘W
-    gram_product_kernel      B -> P
+    gram_backward_kernel     T -> dgamma, S, dW, A∘W
+    gram_product_kernel      S, A∘W -> P
     gram_bias_kernel         A∘W, P -> bias
 
 A float16 A∘W or P could vanish in its exponent range: both are stored multiplied by a power of two, ``scales`` [2].
@@ -140,7 +142,7 @@ def gram_backward_kernel(
     w_ptr,
     dbeta_ptr,
     dgamma_ptr,
-    b_ptr,
+    s_ptr,
     bound_ptr,
     dw_ptr,
     aw_ptr,
@@ -154,7 +156,7 @@ def gram_backward_kernel(
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dgamma, B, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most."""
+    """dgamma, S, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
@@ -176,14 +178,15 @@ def gram_backward_kernel(
         if SCALED:
             widest = tl.maximum(widest, tl.max(tl.abs(w), axis=1))
     dgamma = rstd * along
-    slope = -coeff_a * rstd * dgamma
-    coeff_b = (slope * inverse_rows).to(ACC)
+    slope = -rstd * dgamma
+    share = (slope * inverse_rows).to(ACC)
+    slope *= coeff_a
     tl.store(dgamma_ptr + offs_q, dgamma, mask=mask_q)
-    tl.store(b_ptr + offs_q, coeff_b, mask=mask_q)
+    tl.store(s_ptr + offs_q, share, mask=mask_q)
 
     scaled_a = coeff_a
     if SCALED:
-        tl.store(bound_ptr + offs_q, tl.abs(coeff_b) * widest * widest, mask=mask_q)
+        tl.store(bound_ptr + offs_q, tl.abs(coeff_a * share) * widest * widest, mask=mask_q)
         # abs(A) times the scale is below 16: room for small A, and no overflow for weights below 4094.
         all_q = tl.arange(0, ALL_Q)
         largest = tl.max(tl.abs(tl.load(stats_ptr + 2 * Q + all_q, mask=all_q < Q, other=0.0)), axis=0)
@@ -208,7 +211,8 @@ def gram_backward_kernel(
 @triton.jit
 def gram_product_kernel(
     w_ptr,
-    b_ptr,
+    aw_ptr,
+    s_ptr,
     bound_ptr,
     p_ptr,
     scales_ptr,
@@ -223,7 +227,7 @@ def gram_product_kernel(
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One tile of P = Wᵀ(B∘W), as one rounded term or two. ``PARTS``: two have as many bits as two terms."""
+    """One tile of P = Wᵀ(S∘A∘W), as one rounded term or two. ``PARTS``: two have as many bits as two terms."""
     tiles = tl.cdiv(P, BLOCK_N)
     offs_i = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -240,16 +244,16 @@ def gram_product_kernel(
             w_ptr + rows.to(tl.int64)[:, None] * P + offs_i[None, :], mask=mask_w & mask_i[None, :], other=0.0
         )
         right = tl.load(
-            w_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0
+            aw_ptr + rows.to(tl.int64)[:, None] * P + offs_j[None, :], mask=mask_w & mask_j[None, :], other=0.0
         )
-        b = tl.load(b_ptr + rows, mask=mask_k, other=0.0)
-        scaled = b[:, None] * right.to(ACC)
+        share = tl.load(s_ptr + rows, mask=mask_k, other=0.0)
+        scaled = share[:, None] * right.to(ACC)
         acc = dot_parts(tl.trans(left), scaled, acc, w_ptr.dtype.element_ty, PARTS, ACC, INPUT_PRECISION)
     if SCALED:
         all_q = tl.arange(0, ALL_Q)
         bound = tl.sum(tl.load(bound_ptr + all_q, mask=all_q < Q, other=0.0), axis=0)
         scale = power_of_two(bound, 14)
-        acc *= scale
+        acc *= scale / tl.load(scales_ptr)
         if tl.program_id(0) == 0:
             tl.store(scales_ptr + 1, scale)
     offs = offs_i.to(tl.int64)[:, None] * P + offs_j[None, :]

@@ -1,6 +1,6 @@
 """Gradient of the input of a 1x1 convolution with BatchNorm, from the Gram matrix: one GEMM over [dz | a].
 
-    da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(B∘W) [p, p],   a = relu(y*scale + shift), rounded
+    da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(S∘A∘W) [p, p],   a = relu(y*scale + shift), rounded
 
 is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. P comes in one term, or in two that add up. The ReLU
 that made a then masks da. A projection reads the block's input as it is: then a = y, of which it may sample every

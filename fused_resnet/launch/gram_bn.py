@@ -135,7 +135,7 @@ def gram_backward(
     scaled = weight.dtype == torch.float16
 
     dw = torch.empty((q, p, 1, 1), dtype=out_dtype, device=device, memory_format=torch.channels_last)
-    dgamma, b = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
+    dgamma, share = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
     aw = torch.empty((q, p), dtype=weight.dtype, device=device)
     terms = 2 if weight.dtype in (torch.bfloat16, torch.float16) else 1
     product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
@@ -149,7 +149,7 @@ def gram_backward(
     launch(
         gram_backward_kernel,
         (ceil_div(q, rows_config.block_m),),
-        touched=(t, v, m, stats, weight, sum_dz, dgamma, b, bound, dw, aw),
+        touched=(t, v, m, stats, weight, sum_dz, dgamma, share, bound, dw, aw),
         flops=0,
         config=rows_config,
         device=device,
@@ -160,7 +160,7 @@ def gram_backward(
         w_ptr=weight,
         dbeta_ptr=sum_dz,
         dgamma_ptr=dgamma,
-        b_ptr=b,
+        s_ptr=share,
         bound_ptr=bound,
         dw_ptr=dw,
         aw_ptr=aw,
@@ -175,12 +175,13 @@ def gram_backward(
     launch(
         gram_product_kernel,
         (ceil_div(p, product_config.block_n) ** 2,),
-        touched=(weight, b, bound, product),
+        touched=(weight, aw, share, bound, scales, product),
         flops=2 * q * p * p,
         config=product_config,
         device=device,
         w_ptr=weight,
-        b_ptr=b,
+        aw_ptr=aw,
+        s_ptr=share,
         bound_ptr=bound,
         p_ptr=product,
         scales_ptr=scales,

@@ -59,7 +59,7 @@ def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:
 
 
 def gram_product_config(p: int, *, interpreter: bool = False) -> GemmConfig:
-    """P = Wᵀ(B∘W): small tiles, whose number is all the parallelism there is."""
+    """P = Wᵀ(S∘A∘W): small tiles, whose number is all the parallelism there is."""
     if interpreter:
         return GemmConfig(64, 64, 64)
     return GemmConfig(32, 32, 64, num_warps=4, num_stages=4)

@@ -90,6 +90,8 @@ def _why_not_gram(problem: ChainProblem, route: str) -> str:
         return "without a ReLU at its end a chain is staged"
     if last.Ci > _most_width(route):
         return f"a Gram matrix {last.Ci} wide costs more than it saves"
+    if last.dtype == "float32" and route != "gram":
+        return "in float32 sums that subtract the mean first are more exact than a Gram matrix"
     if last.M < LEAST_GRAM_ROWS:
         return f"{last.M} rows are too few for a covariance"
     return ""

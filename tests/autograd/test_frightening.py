@@ -19,16 +19,15 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own c
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-P_ONCE = (
-    "P is rounded to 16 bits once: its error, the same in every row, adds up into dgamma and dbeta of the layer below. "
-    "P as two 16-bit terms brings them back to eager's"
+SPANNED = (
+    "A∘W is rounded once, which turns filters that span four directions out of them; eager rounds dy, and its error "
+    "stays in their span: 1.13 and 1.16 times eager's, where 1.10 are allowed"
 )
 UNCENTRED = "a mean of dz, or of a, cancels in float32 sums where eager subtracts it from every element first"
 SQUARED = "float32 holds the Gram matrix, whose condition is the square of the data's"
-P_CASES = itertools.product(
-    ("a gradient along xhat", "filters orthogonal to the data"), ("float16", "bfloat16"), ("identity", "projection")
-)
-KNOWN = dict.fromkeys(P_CASES, P_ONCE) | {
+KNOWN = {
+    ("filters orthogonal to the data", "bfloat16", "identity"): SPANNED,
+    ("filters orthogonal to the data", "bfloat16", "projection"): SPANNED,
     ("a gradient along xhat", "float32", "projection"): UNCENTRED,
     ("a pooled gradient", "float32", "identity"): UNCENTRED,
     ("a pooled gradient", "float32", "projection"): UNCENTRED,
@@ -36,7 +35,7 @@ KNOWN = dict.fromkeys(P_CASES, P_ONCE) | {
     ("filters orthogonal to the data", "float32", "identity"): SQUARED,
     ("filters orthogonal to the data", "float32", "projection"): SQUARED,
 }
-"""Where the rule refuses the Gram route, and why."""
+"""Where the rule refuses the Gram route, and why. "auto" does not take it in float32."""
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,11 @@ PLANTED = {
         "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)",
     ),
     "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
-    "the wrong sign of P": ("slope = -coeff_a", "slope = coeff_a"),
+    "the wrong sign of P": ("slope = -rstd", "slope = rstd"),
+    "P of another matrix than A∘W": (
+        "aw_ptr + rows.to(tl.int64)[:, None] * P + offs_j",
+        "w_ptr + rows.to(tl.int64)[:, None] * P + offs_j",
+    ),
     "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
     "no bias of dz": ("-sum_dz - sum_a", "-sum_a"),
     "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
