@@ -12,6 +12,8 @@ Pair = tuple[int, int]
 
 RECOMPUTABLE = ("y1",)
 """What a block can compute again in backward: its first convolution's output, from its input."""
+KEEPABLE = ("a1",)
+"""What a block can keep for backward: that output behind its BatchNorm and ReLU."""
 
 
 class Conv(NamedTuple):
@@ -152,9 +154,19 @@ def check_count(shape: Sequence[int]) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
 
-def check_recompute(names: Sequence[str]) -> tuple[str, ...]:
-    """``names`` without repetitions, of what a block can compute again in backward."""
-    unknown = set(names) - set(RECOMPUTABLE)
-    if isinstance(names, str) or unknown:
-        raise ValueError(f"recompute takes a sequence of {', '.join(map(repr, RECOMPUTABLE))}, got {names!r}")
-    return tuple(dict.fromkeys(names))
+class MemoryOptions(NamedTuple):
+    """What a block keeps for backward beyond what it must, and what of that it computes again: names, each once."""
+
+    recompute: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+
+NOTHING_SAID = MemoryOptions()
+
+
+def memory_options(recompute: Sequence[str], keep: Sequence[str]) -> MemoryOptions:
+    """The options as given, without repetitions. ValueError for names that there are not."""
+    for option, names, known in (("recompute", recompute, RECOMPUTABLE), ("keep", keep, KEEPABLE)):
+        if isinstance(names, str) or set(names) - set(known):
+            raise ValueError(f"{option} takes a sequence of {', '.join(map(repr, known))}, got {names!r}")
+    return MemoryOptions(tuple(dict.fromkeys(recompute)), tuple(dict.fromkeys(keep)))

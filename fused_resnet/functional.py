@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from .arguments import (
+    NOTHING_SAID,
     BatchNorm,
     Conv,
+    MemoryOptions,
     Pair,
     batch_norm_of,
     check_bn,
@@ -28,10 +30,10 @@ from .arguments import (
     check_image,
     check_layer,
     check_layers,
-    check_recompute,
     check_residual,
     conv_of,
     is_autocast,
+    memory_options,
 )
 from .autograd import bn_act as bn_act_op
 from .autograd import chain
@@ -81,14 +83,16 @@ def basic_block(
     *,
     residual: Tensor | None = None,
     recompute: Sequence[str] = (),
+    keep: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
     """Two conv-BN layers around a ReLU, and the shortcut: ``projection`` of x, a ``residual`` given, or x itself.
 
-    ``recompute=("y1",)``: as in :func:`bottleneck`.
+    ``recompute`` and ``keep``: as in :func:`bottleneck`.
     """
     check_layers(layers, 2)
-    return _chain(x, layers, projection, residual=residual, identity=True, recompute=recompute, route=route)
+    memory = memory_options(recompute, keep)
+    return _chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
 
 
 def bottleneck(
@@ -98,15 +102,18 @@ def bottleneck(
     *,
     residual: Tensor | None = None,
     recompute: Sequence[str] = (),
+    keep: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
     """Three conv-BN layers with ReLUs between, and the shortcut: ``projection`` of x, a ``residual``, or x itself.
 
-    ``recompute=("y1",)``: the first convolution's output is not kept for backward, which computes it again. Plain
-    PyTorch, where that is what runs, keeps it all the same.
+    ``recompute=("y1",)``: the first convolution's output is not kept for backward, which computes it again: it takes
+    less memory. ``keep=("a1",)``: the same behind its BatchNorm and ReLU is kept, which backward forms again otherwise:
+    it takes less time. To plain PyTorch, where that is what runs, they mean nothing.
     """
     check_layers(layers, 3)
-    return _chain(x, layers, projection, residual=residual, identity=True, recompute=recompute, route=route)
+    memory = memory_options(recompute, keep)
+    return _chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
 
 
 def bn_add_relu(
@@ -180,12 +187,11 @@ def _chain(
     residual: Tensor | None = None,
     identity: bool = False,
     relu: bool = True,
-    recompute: Sequence[str] = (),
+    memory: MemoryOptions = NOTHING_SAID,
     route: str | None = None,
 ) -> Tensor:
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
-    recompute = check_recompute(recompute)
     dtype = _compute_dtype(x)
     check_image(x)
     shape = tuple(x.shape)
@@ -217,7 +223,7 @@ def _chain(
         training.pop(),
         _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
-        recompute,
+        *memory,
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
         return _reference_chain(x, layers, projection, residual, kind, relu)

@@ -209,7 +209,7 @@ BUGS = [
     Bug(
         "rows past the end in the sums",
         DGRAD,
-        "tl.where(mask_m[:, None], dx.to(ACC), 0.0)",
+        "tl.where((offs_m < M)[:, None], dx.to(ACC), 0.0)",
         "dx.to(ACC)",
         ("bottleneck",),
     ),
@@ -333,8 +333,8 @@ BUGS = [
     Bug(
         "the identity's gradient lost",
         BACKWARD,
-        'if problem.residual == "identity":\n        dx_residual = dz',
-        'if problem.residual == "identity":\n        dx_residual = None',
+        'if problem.residual == "identity":\n        dx_residual, residual_bits = dz_out',
+        'if problem.residual == "identity":\n        dx_residual, residual_bits = None',
         ("identity",),
     ),
 ]

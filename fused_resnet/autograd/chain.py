@@ -39,12 +39,12 @@ FORWARD_SCHEMA = (
     "chain_forward(str plan, float[] momenta, float[] epsilons, Tensor x, Tensor? residual, "
     + ", ".join(_slot_schema(i) for i in range(SLOTS))
     + ") -> ("
-    + ", ".join(["Tensor"] * (4 + 2 * SLOTS))
+    + ", ".join(["Tensor"] * (5 + 2 * SLOTS))
     + ")"
 )
 BACKWARD_SCHEMA = (
     "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor mask, Tensor?[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean, Tensor projection_mean) -> ("
+    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean, Tensor projection_mean, Tensor a1) -> ("
     + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
     + ")"
 )
@@ -105,8 +105,8 @@ def _chain_forward(
     if "y1" in decoded.problem.recompute:
         ys[0] = _none(x)
     mask = _no_mask(x) if saved.mask is None else saved.mask
-    kept = (saved.input_mean, saved.projection_mean) if decoded.problem.backward else (None, None)
-    return out, mask, *ys, *stats, *(_none(x) if mean is None else mean for mean in kept)
+    kept = (saved.input_mean, saved.projection_mean, saved.a1) if decoded.problem.backward else (None, None, None)
+    return out, mask, *ys, *stats, *(_none(x) if t is None else t for t in kept)
 
 
 def _chain_forward_fake(
@@ -142,7 +142,11 @@ def _chain_forward_fake(
             means[i] = torch.empty((conv.Ci,), dtype=dtype, device=x.device)
     mask = empty_mask(decoded, x)
     mask = _no_mask(x) if mask is None else mask
-    return _image(x, n, last.Co, last.P, last.Q), mask, *ys, *stats, *means
+    a1 = _none(x)
+    if decoded.keeps_a1:
+        first = problem.convs[0]
+        a1 = _image(x, n, first.Co, first.P, first.Q)
+    return _image(x, n, last.Co, last.P, last.Q), mask, *ys, *stats, *means, a1
 
 
 # ---------------------------------------------------------------- backward
@@ -161,6 +165,7 @@ def _chain_backward(
     stats: Sequence[Tensor],
     input_mean: Tensor,
     projection_mean: Tensor,
+    a1: Tensor,
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
@@ -171,8 +176,8 @@ def _chain_backward(
         Layer(read, gammas[slot], betas[slot], None, None, None, 0.0, 0.0, parameter.dtype)
         for slot, read, parameter in zip(slots, operands(parameters, x.dtype), parameters, strict=True)
     ]
-    means = (_or_none(input_mean), _or_none(projection_mean))
-    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *means)
+    formed = (_or_none(input_mean), _or_none(projection_mean), _or_none(a1))
+    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *formed)
     saved = Saved(_or_none(mask), *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
@@ -207,6 +212,7 @@ def _chain_backward_fake(
     stats: Sequence[Tensor],
     input_mean: Tensor,
     projection_mean: Tensor,
+    a1: Tensor,
 ) -> tuple[Tensor, ...]:
     result = [
         torch.empty_like(x, memory_format=torch.channels_last) if needs[0] else _none(x),
@@ -247,7 +253,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, mask, *rest, input_mean, projection_mean = ctx.saved_tensors
+        x, mask, *rest, input_mean, projection_mean, a1 = ctx.saved_tensors
         weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
         wants = ctx.needs_input_grad
         needs = [wants[3], wants[4]]
@@ -268,6 +274,7 @@ class _Chain(torch.autograd.Function):
             stats,
             input_mean,
             projection_mean,
+            a1,
         )
         result: list[Tensor | None] = [
             None,

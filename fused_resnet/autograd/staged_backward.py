@@ -71,7 +71,10 @@ def wgrad(
 
 
 class _Step(NamedTuple):
-    """One conv-BN layer of the chain, seen from backward. ``input_stats`` None: the conv read its input as it is."""
+    """One conv-BN layer of the chain, seen from backward.
+
+    ``input_stats`` None: the conv read its input as it is. ``formed_input``: relu(bn(input)), if forward kept it.
+    """
 
     conv: ConvPlan
     layer: Layer
@@ -81,6 +84,7 @@ class _Step(NamedTuple):
     stats: Tensor
     needs: Needs
     wants_dgrad: bool
+    formed_input: Tensor | None = None
 
     @property
     def needs_forming(self) -> bool:
@@ -174,6 +178,7 @@ def backward(
             stats=saved.stats[i],
             needs=needs[i],
             wants_dgrad=needs_x or lowest < i,
+            formed_input=saved.a1 if i == 1 else None,
         )
         grads[i], gradient = _layer_backward(passes, step, *pending, row=1)
         if step.wants_dgrad and below_stats is not None:
@@ -194,7 +199,10 @@ def _layer_backward(
         gradient = Formed(passes.grad_apply(dz, step.y, coeffs))
     dw = None
     if passes.batch and step.needs.weight:
-        dw = wgrad(passes, conv, layer.weight, step.input, step.input_stats, gradient, layer.weight_dtype)
+        below, below_stats = step.input, step.input_stats
+        if step.formed_input is not None:
+            below, below_stats = step.formed_input, None
+        dw = wgrad(passes, conv, layer.weight, below, below_stats, gradient, layer.weight_dtype)
     elif not passes.batch and step.needs.any:
         # y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
         t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)

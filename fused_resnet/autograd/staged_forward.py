@@ -31,7 +31,8 @@ class Saved(NamedTuple):
     statistics their activations (the last one's is the output, and its place is None); ``stats`` are [4, C] rows mean,
     rstd, scale, shift. The projection, if any, comes last in both. On the Gram route the last conv has no output: its
     place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's. The same holds for a projection on it,
-    with ``projection_mean``. What the plan recomputes arrives as None.
+    with ``projection_mean``. What the plan recomputes arrives as None; ``a1`` is the second convolution's input as
+    formed, where the plan keeps it.
     """
 
     mask: Tensor | None
@@ -39,6 +40,7 @@ class Saved(NamedTuple):
     stats: list[Tensor]
     input_mean: Tensor | None = None
     projection_mean: Tensor | None = None
+    a1: Tensor | None = None
 
 
 def conv_only(conv: ConvPlan, weight: Tensor, x: Tensor) -> Tensor:
@@ -84,7 +86,12 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     stats: list[Tensor] = []
     y, pending = x, None
     written = plan.convs if plan.gram is None else plan.convs[:-1]
-    for conv, layer in zip(written, layers, strict=False):
+    a1 = None
+    for i, (conv, layer) in enumerate(zip(written, layers, strict=False)):
+        if i == 1 and plan.keeps_a1:
+            assert pending is not None
+            y = a1 = passes.act(y, pending)
+            pending = None
         y, tiles = conv_raw(passes, conv, layer.weight, y, pending)
         pending = finalize(layer, tiles)
         ys.append(y)
@@ -97,21 +104,21 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     elif plan.problem.residual == "identity":
         residual = x
     mask = empty_mask(plan, x)
-    means: list[Tensor] = []
+    means: list[Tensor | None] = [None, None]
     if plan.gram is not None:
         last = layers[len(written)]
         out, *kept = gram_route.forward(plan, last, y, pending, residual, residual_stats, layers[-1], x, mask)
-        for each in kept:
+        for i, each in enumerate(kept):
             if each is not None:
                 ys.append(each.covariance)
                 stats.append(each.stats)
-                means.append(each.input_mean)
+                means[i] = each.input_mean
     else:
         out = passes.act(y, pending, residual, residual_stats, plan.problem.relu, mask)
     if residual_stats is not None:
         ys.append(residual)
         stats.append(residual_stats)
-    return out, Saved(mask, ys, stats, *means)
+    return out, Saved(mask, ys, stats, means[0], means[1], a1)
 
 
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:

@@ -41,20 +41,27 @@ def _fusable(
     return cast("list[Pair]", list(pairs)) if fits else None  # a compiler that traces this evaluates no type
 
 
-class BasicBlock(reference.BasicBlock):
+class _MemoryOptions(nn.Module):
+    """The blocks' keywords beyond torchvision's, which are attributes and read at call time."""
+
+    recompute: Sequence[str] = ()
+    keep: Sequence[str] = ()
+
+    def __init__(
+        self, *arguments: Any, recompute: Sequence[str] = (), keep: Sequence[str] = (), **keywords: Any
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.recompute, self.keep = functional.memory_options(recompute, keep)
+
+
+class BasicBlock(_MemoryOptions, reference.BasicBlock):
     """Two 3x3 convolutions and a shortcut as one operation (He et al. 2015, arXiv 1512.03385, Figure 5, left).
 
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
     norm_layer=None)``. Input [N, inplanes, H, W], output [N, planes, ceil(H / stride), ceil(W / stride)]. Children that
     carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
-    ``recompute=("y1",)``, also an attribute: see :func:`fused_resnet.functional.bottleneck`.
+    Keywords ``recompute=("y1",)`` and ``keep=("a1",)``, attributes too: see :func:`fused_resnet.functional.bottleneck`.
     """
-
-    recompute: tuple[str, ...] = ()
-
-    def __init__(self, *arguments: Any, recompute: Sequence[str] = (), **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.recompute = functional.check_recompute(recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2))
@@ -62,23 +69,18 @@ class BasicBlock(reference.BasicBlock):
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
         layers = [_layer(pair) for pair in pairs]
-        return functional.basic_block(x, layers, projection, residual=residual, recompute=self.recompute)
+        options: dict[str, Any] = {"residual": residual, "recompute": self.recompute, "keep": self.keep}
+        return functional.basic_block(x, layers, projection, **options)
 
 
-class Bottleneck(reference.Bottleneck):
+class Bottleneck(_MemoryOptions, reference.Bottleneck):
     """1x1, 3x3 and 1x1 convolutions and a shortcut as one operation (He et al. 2015, 1512.03385, Figure 5, right).
 
     Constructor: torchvision's ``(inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1,
     norm_layer=None)``. Input [N, inplanes, H, W], output [N, 4 * planes, ceil(H / stride), ceil(W / stride)]. Children
     that carry hooks, pruning or parametrisations, other norms than BatchNorm2d and stochastic depth run child by child.
-    ``recompute=("y1",)``, also an attribute: see :func:`fused_resnet.functional.bottleneck`.
+    Keywords ``recompute=("y1",)`` and ``keep=("a1",)``, attributes too: see :func:`fused_resnet.functional.bottleneck`.
     """
-
-    recompute: tuple[str, ...] = ()
-
-    def __init__(self, *arguments: Any, recompute: Sequence[str] = (), **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.recompute = functional.check_recompute(recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = _fusable(self, x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
@@ -86,4 +88,5 @@ class Bottleneck(reference.Bottleneck):
             return super().forward(x)
         projection, residual = _shortcut(self.downsample, x)
         layers = [_layer(pair) for pair in pairs]
-        return functional.bottleneck(x, layers, projection, residual=residual, recompute=self.recompute)
+        options: dict[str, Any] = {"residual": residual, "recompute": self.recompute, "keep": self.keep}
+        return functional.bottleneck(x, layers, projection, **options)

@@ -210,6 +210,7 @@ def chain_plan_text(
     backward: bool,
     route: str,
     recompute: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
 ) -> tuple[str, str, str]:
     """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, and why.
 
@@ -221,7 +222,7 @@ def chain_plan_text(
     found = current(device)
     if found is None:
         return "", "reference", why_not(device) or "no target"
-    problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute)
+    problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute, keep)
     return _chain_text(found, route, *problem)
 
 
@@ -242,6 +243,7 @@ def chain_problem(
     batch_statistics: bool,
     backward: bool,
     recompute: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
 ) -> ChainProblem:
     """The problem of a chain whose convolutions follow each other over an input of ``shape``."""
 
@@ -255,7 +257,7 @@ def chain_problem(
         problems.append(conv(size, geometry))
         size = (size[0], problems[-1].Co, problems[-1].P, problems[-1].Q)
     shortcut = conv(shape, projection) if projection else None
-    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward, recompute)
+    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward, recompute, keep)
 
 
 @torch.compiler.assume_constant_result

@@ -73,7 +73,8 @@ class ChainProblem:
     ``residual`` is "none", "identity" (the chain's own input), "projection" (a 1x1 conv and BN of that input) or
     "given" (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
     ``batch_statistics`` tells training-mode BN from frozen ones; ``backward`` whether a gradient may be asked for.
-    ``recompute`` names what backward computes again rather than keep: "y1", the first convolution's output.
+    ``recompute`` names what backward computes again rather than keep: "y1", the first convolution's output; ``keep``
+    what it keeps rather than form again: "a1", that output behind its BN and ReLU.
     """
 
     convs: tuple[ConvProblem, ...]
@@ -83,6 +84,7 @@ class ChainProblem:
     batch_statistics: bool = True
     backward: bool = True
     recompute: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,16 @@ class Plan:
             return False
         follows_from_y = p.batch_statistics and p.residual == "none" and self.gram is None
         return not follows_from_y
+
+    @property
+    def keeps_a1(self) -> bool:
+        """Whether the second convolution's input, which a pass forms, is kept for its weight gradient."""
+        p = self.problem
+        if p is None or "a1" not in p.keep or not (p.backward and p.batch_statistics) or len(self.convs) < 2:
+            return False
+        second = self.convs[1]
+        on_load = second.problem.is_pointwise and second.fprop.fused and second.wgrad.fused
+        return not on_load and (self.gram is None or len(self.convs) > 2)
 
     @property
     def stores_dz(self) -> bool:
@@ -158,10 +170,8 @@ def decode(text: str) -> Plan:
         problem = fields["problem"]
         convs = tuple(_conv_problem(conv) for conv in problem["convs"])
         projection = _conv_problem(problem["projection"]) if problem["projection"] else None
-        recompute = tuple(problem["recompute"])
-        fields["problem"] = ChainProblem(
-            **{**problem, "convs": convs, "projection": projection, "recompute": recompute}
-        )
+        names = {name: tuple(problem[name]) for name in ("recompute", "keep")}
+        fields["problem"] = ChainProblem(**{**problem, "convs": convs, "projection": projection, **names})
     fields["convs"] = tuple(_conv_plan(conv) for conv in fields["convs"])
     fields["projection"] = _conv_plan(fields["projection"]) if fields["projection"] else None
     if fields["gram"]:

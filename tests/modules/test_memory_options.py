@@ -1,4 +1,4 @@
-"""recompute=("y1",): the same results from less memory."""
+"""recompute=("y1",) and keep=("a1",): the same results from less memory, or in less time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CASES = {
 }
 
 
-def build(kind: str, recompute: tuple[str, ...]) -> nn.Module:
+def build(kind: str, recompute: tuple[str, ...], keep: tuple[str, ...] = ()) -> nn.Module:
     cls, inplanes, planes, stride = CASES[kind]
     width = planes * cls.expansion
     torch.manual_seed(0)
     downsample = None
     if stride != 1 or inplanes != width:
         downsample = nn.Sequential(nn.Conv2d(inplanes, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-    block = cls(inplanes, planes, stride, downsample, recompute=recompute)
+    block = cls(inplanes, planes, stride, downsample, recompute=recompute, keep=keep)
     return block.to(memory_format=torch.channels_last)
 
 
@@ -64,6 +64,27 @@ def test_same_results_from_less_memory(route: str, kind: str, training: bool) ->
     assert kernels_again.count("conv_fprop_kernel") == kernels_plain.count("conv_fprop_kernel") + 1
 
 
+@pytest.mark.parametrize("recompute", [(), ("y1",)], ids=["", "recompute y1"])
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("route", ["gram", "staged"])
+def test_a_formed_input_is_kept(route: str, kind: str, recompute: tuple[str, ...]) -> None:
+    if route == "gram" and kind == "basic":
+        pytest.skip("a block of that kind has no such route")
+    inplanes = CASES[kind][1]
+    plain, bytes_plain, kernels_plain = run(build(kind, recompute), route, inplanes)
+    kept, bytes_kept, kernels_kept = run(build(kind, recompute, ("a1",)), route, inplanes)
+    for expected, found in zip(plain, kept, strict=True):
+        assert torch.equal(expected, found)
+    assert bytes_kept - bytes_plain == 3 * 9 * 8 * CASES[kind][2] * 4
+    assert kernels_kept.count("bn_act_kernel") == kernels_plain.count("bn_act_kernel") - 1
+
+
+def test_with_frozen_statistics_the_formed_input_is_what_there_is() -> None:
+    plain, bytes_plain, _ = run(build("identity", ()).eval(), "staged", 32)
+    kept, bytes_kept, _ = run(build("identity", (), ("a1",)).eval(), "staged", 32)
+    assert bytes_kept == bytes_plain and all(map(torch.equal, plain, kept))
+
+
 def test_nothing_is_recomputed_where_nothing_below_trains() -> None:
     block = build("identity", ("y1",))
     for module in (block.conv1, block.bn1, block.conv2, block.bn2):
@@ -83,11 +104,12 @@ def test_the_attribute_is_read_at_call_time_and_explained() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("names", ["y1", ("y2",), ("y1", "out")])
-def test_unknown_names_are_refused(names: object) -> None:
-    with pytest.raises(ValueError, match="recompute takes a sequence of 'y1'"):
-        fr.Bottleneck(32, 8, recompute=names)  # type: ignore[arg-type]
+@pytest.mark.parametrize("option", ["recompute", "keep"])
+@pytest.mark.parametrize("names", ["y1", ("y2",), ("y1", "a1")])
+def test_unknown_names_are_refused(option: str, names: object) -> None:
+    with pytest.raises(ValueError, match=f"{option} takes a sequence of '"):
+        fr.Bottleneck(32, 8, **{option: names})  # type: ignore[arg-type]
     block = build("identity", ())
-    block.recompute = names  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="recompute takes"):
+    setattr(block, option, names)
+    with pytest.raises(ValueError, match=f"{option} takes"):
         block(torch.randn(2, 32, 5, 5))
