@@ -54,18 +54,22 @@ def _parameters(channels: int) -> dict[str, Any]:
     return {"weight": row, "bias": row, "running_mean": row, "running_var": row, "eps": 1e-5}
 
 
-def configurations(problem: ConvProblem, kind: str, target: Target) -> list[GemmConfig]:
-    """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target."""
-    found = [planner.default_config(problem, kind, target)]
+def configurations(problem: ConvProblem, kind: str, target: Target, formed: bool = False) -> list[GemmConfig]:
+    """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target.
+
+    ``formed``: only what was measured of a gradient whose dy was formed before.
+    """
+    found = [] if formed else [planner.default_config(problem, kind, target)]
     measured = tables.TABLES.get(tables.gpu_slug(target.name), {}).get(tables.problem_key(problem), {})
-    others = ("dgrad+gram", "wgrad+in+out+gram")  # of kernels of their own
-    found += [
-        e.ours for name, e in measured.items() if e.ours and name.partition("+")[0] == kind and name not in others
-    ]
-    if problem.is_same_3x3:  # one of each form, beside what was measured
+    others = ("dgrad+gram", "dgrad+in+gram", "dgrad+gram2", "wgrad+in+out+gram")  # of kernels of their own
+    names = [name for name in measured if name.partition("+")[0] == kind and name not in others]
+    if kind != "fprop":
+        names = [name for name in names if name.endswith("+formed") == formed]
+    found += [ours for name in names if (ours := measured[name].ours)]
+    if problem.is_same_3x3 and not formed:  # one of each form, beside what was measured
         boxes = [config for config in candidates(problem, kind, target) if config.form != "rows"]
         found += {config.form: config for config in reversed(boxes)}.values()
-    return [config for config in dict.fromkeys(found) if supports(problem, kind, target, config)[0]]
+    return [config for config in dict.fromkeys(found) if supports(problem, kind, target, config, formed=formed)[0]]
 
 
 def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> None:
@@ -84,14 +88,16 @@ def _fprop(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
 
 
 def _dgrad(p: ConvProblem, role: str, stride: tuple[int, int], target: Target, dtype: torch.dtype) -> None:
+    on_load, formed = (configurations(p, "dgrad", target, formed) for formed in (False, True))
     if role == "projection":
         p = p.sampled()  # the compact gradient that the first conv's dgrad spreads
     dy, w = _image(p.N, p.Co, p.P, p.Q, dtype), _image(p.Co, p.Ci, p.R, p.S, dtype)
     x = _image(p.N, p.Ci, p.H, p.W, dtype)
     batch = {"y": dy, "coeffs": _rows(3, p.Co)} if p.is_pointwise else {}
     frozen = {"coeffs": _rows(3, p.Co)} if p.is_pointwise else {}
-    for config in configurations(p, "dgrad", target):
-        for prologue in (batch, frozen):
+    wanted = [(config, (batch, frozen)) for config in on_load] + [(config, ({}, frozen)) for config in formed]
+    for config, prologues in wanted:
+        for prologue in prologues:
             if role == "projection":
                 conv_dgrad(dy, w, p, config, **prologue)
             elif role == "conv1":
@@ -117,6 +123,8 @@ def _wgrad(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
     for config in configurations(p, "wgrad", target):
         prologue = {"input_affine": None if first else _rows(2, p.Ci), "y": dy, "coeffs": _rows(3, p.Co)}
         conv_wgrad(x, dy, p, config, **(prologue if p.is_pointwise else {}), out_dtype=torch.float32)
+        conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
+    for config in configurations(p, "wgrad", target, formed=True):
         conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
 
 
