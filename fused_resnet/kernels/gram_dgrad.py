@@ -164,7 +164,9 @@ def gram_dgrad_kernel(
     else:
         y_offs = y_rows + offs_k[None, :]
         p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
-        for k0 in range(0, P, BLOCK_K):
+        # Two terms fill half as many buffers: as much shared memory as the loop before, and as many programs beside.
+        STAGES: tl.constexpr = 2 if TERMS == 2 else None
+        for k0 in tl.range(0, P, BLOCK_K, num_stages=STAGES):
             mask_k = offs_k < P - k0
             if EVEN_P:
                 y = tl.load(y_base + k0 + y_offs)

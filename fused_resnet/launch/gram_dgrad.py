@@ -15,7 +15,9 @@ from .record import launch
 Pair = tuple[int, int]
 
 WHOLE = 128
-"""Up to this many channels the whole row of ``a`` is one block of the reduction."""
+"""Up to this many channels the whole row of ``a`` is one block of the reduction, unless steps are short: where registers
+are too few for longer ones, they are for a whole row."""
+LEAST_WHOLE_STEP = 64
 
 
 def gram_dgrad(
@@ -105,7 +107,7 @@ def gram_dgrad(
         STRIDE_W=stride[1],
         HAS_SCALES=scales is not None,
         TERMS=terms,
-        WHOLE=num_n == 1 and config.block_n <= WHOLE,
+        WHOLE=num_n == 1 and config.block_n <= WHOLE and config.block_k >= LEAST_WHOLE_STEP,
         EVEN_Q=q % config.block_k == 0,
         EVEN_P=p % config.block_k == 0,
         EVEN_N=p % config.block_n == 0,

@@ -17,12 +17,13 @@ def gram_dgrad_config(rows: int, p: int, q: int, target: Target, *, itemsize: in
     if itemsize > 2:
         narrow = p <= 64 or target.sm < 90
         return GemmConfig(64, 64 if narrow else 128, 32, num_warps=4 if narrow else 8, num_stages=3)
+    if target.sm < 90:  # a and both terms of P lie in registers
+        block_m, block_n, num_warps = (128, 64, 4) if p <= 64 else (64, 128, 8)
+        return GemmConfig(block_m, block_n, 32, num_warps, num_stages=4)
     if p <= 64:
-        return GemmConfig(128, 64, 64, num_warps=4, num_stages=3, maxnreg=168 if target.sm >= 90 else None)
-    if p <= 128 and target.sm >= 90:
-        return GemmConfig(128, 128, 64, num_warps=8, num_stages=3, maxnreg=128)
+        return GemmConfig(128, 64, 64, num_warps=4, num_stages=3, maxnreg=168)
     if p <= 128:
-        return GemmConfig(64, 128, 64, num_warps=8, num_stages=3)
-    if target.sm >= 90 and p % 256 == 0 and rows // 128 * (p // 256) >= 2 * target.sm_count:
+        return GemmConfig(128, 128, 64, num_warps=8, num_stages=3, maxnreg=128)
+    if p % 256 == 0 and rows // 128 * (p // 256) >= 2 * target.sm_count:
         return GemmConfig(128, 256, 64, num_warps=8, num_stages=3)
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=4)
