@@ -122,6 +122,8 @@ class StrictBuilder(interpreter.InterpreterBuilder):
     order: np.ndarray
     sample: int | None = None
     """Run only so many programs from either end of a launch."""
+    truncates = False
+    """Products of 16-bit operands cut off their sums."""
     writers: dict[tuple[int, int], np.ndarray]
     program: int
 
@@ -295,7 +297,18 @@ class StrictBuilder(interpreter.InterpreterBuilder):
         if a.dtype.primitive_bitwidth == 8:
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
         left, right = decode(a), decode(b)
+        if self.truncates and is_half(a.dtype):
+            return encode(_truncated_dot(left, right, decode(d)), d.dtype)
         accumulate = np.float64 if left.dtype == np.float64 else np.float32
         if a.dtype.scalar == tl.float32 and input_precision == interpreter._ir.INPUT_PRECISION.TF32:
             left, right = float32_to_tf32(left), float32_to_tf32(right)
         return encode(np.matmul(left, right, dtype=accumulate) + decode(d), d.dtype)
+
+
+def _truncated_dot(left: np.ndarray, right: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """acc + left right in steps of 16, the sum of each cut off (not rounded) to float32, as a tensor core may."""
+    for k in range(0, left.shape[-1], 16):
+        step = np.matmul(left[..., k : k + 16], right[..., k : k + 16, :], dtype=np.float64) + acc
+        acc = step.astype(np.float32)
+        acc = np.where(np.abs(acc) > np.abs(step), np.nextafter(acc, np.float32(0)), acc)
+    return acc

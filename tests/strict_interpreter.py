@@ -181,3 +181,14 @@ def sampling(programs: int) -> Iterator[None]:
         yield
     finally:
         builder.sample = None
+
+
+@contextmanager
+def truncating() -> Iterator[None]:
+    """Accumulators of 16-bit products are cut off instead of rounded: what tensor cores may do, and others do not."""
+    builder = interpreter.interpreter_builder
+    builder.truncates = True
+    try:
+        yield
+    finally:
+        builder.truncates = False

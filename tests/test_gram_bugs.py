@@ -1,0 +1,81 @@
+"""Correct kernels pass the scenarios; every planted bug of the Gram route is refused by the one that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fused_resnet.launch.gram import gram
+from fused_resnet.plan.config import GemmConfig
+from tests import frightening, strict_interpreter
+from tests.conftest import INTERPRETED
+from tests.gram_bugs import BUGS
+from tests.gram_case import matrix, nhwc, relative
+from tests.planted_bugs import Bug, mutated_source, planted
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the scenarios run in the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def check_truncated_sums() -> None:
+    """A Gram matrix of many rows, where sums of 16-bit products are cut off and not rounded."""
+    x = nhwc(4, 16, 96, 96, dtype=torch.float16) + 2
+    g, c, _ = gram(x, None, GemmConfig(16, 16, 128))
+    a = matrix(x)
+    assert relative(g, a.T @ a) < 4e-6 and relative(c, a.sum(0)) < 1e-6
+
+
+def truncated() -> None:
+    with strict_interpreter.truncating():
+        check_truncated_sums()
+
+
+def scenario(make: frightening.Make, dtype: torch.dtype) -> Callable[[], object]:
+    return lambda: make(dtype).check()
+
+
+SCENARIOS: dict[str, Callable[[], object]] = {
+    "truncated sums": truncated,
+    "a gradient of mean 30, float16": scenario(frightening.mean_30, torch.float16),
+    "far from zero, float16": scenario(frightening.far(64), torch.float16),
+    "far from zero, float32": scenario(frightening.far(2), torch.float32),
+    "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
+    "many rows, float16": scenario(frightening.long, torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_correct_kernels_pass(name: str) -> None:
+    SCENARIOS[name]()
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_refused(bug: Bug) -> None:
+    with planted(bug):
+        for name in bug.scenarios:
+            try:
+                SCENARIOS[name]()
+            except (AssertionError, strict_interpreter.Violation):
+                return
+    pytest.fail(f"'{bug.name}' survives {', '.join(bug.scenarios)}")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_mutation_still_applies(bug: Bug) -> None:
+    compile(mutated_source(bug), bug.module, "exec")
+
+
+@pytest.mark.quick
+def test_names_are_distinct_and_scenarios_exist() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    assert {scenario for bug in BUGS for scenario in bug.scenarios} <= set(SCENARIOS)
