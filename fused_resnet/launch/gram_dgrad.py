@@ -15,9 +15,9 @@ from .record import launch
 Pair = tuple[int, int]
 
 WHOLE = 128
-"""Up to this many channels the whole row of ``a`` is one block of the reduction, unless steps are short: where registers
-are too few for longer ones, they are for a whole row."""
+"""Up to this many channels the whole row of ``a`` is one block of the reduction."""
 LEAST_WHOLE_STEP = 64
+"""Unless steps are shorter than this: where registers are too few for long ones, they are for a whole row."""
 
 
 def gram_dgrad(
