@@ -10,10 +10,11 @@ from .config import PassConfig
 
 VECTOR_BYTES = 16
 WARP = 32
-FEW_TILES = 1024
-"""So many are merged in one step."""
-MERGED_TILES = 256
-"""At most so many are left of more."""
+FEW_TILES = 2048
+"""So many are merged by one kernel."""
+MERGED_TILES = 128
+"""At most so many are left of more. Both, and the warps, as measured (records/h100-2026-11-23-statistics)."""
+STEP_TILES, MERGE_WARPS = 1024, 4
 INTERPRETER_WARPS = 128  # sizes the steps there, nothing else
 INTERPRETER_ELEMENTS = 1 << 20
 
@@ -71,13 +72,15 @@ def cast_config(elements: int, *, interpreter: bool = False) -> PassConfig:
 def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig | None:
     """A merge of every ``block_m`` neighbours among [T, C] tiles, so that few are left; ``None`` where few are.
 
-    Hundreds of programs read a step each; the few of :func:`merge_config` would take one step after another.
+    Hundreds of programs read a few steps each; the few of :func:`merge_config` would take one step after another.
     """
     if tiles <= FEW_TILES:
         return None
     block_t = next_power_of_2(ceil_div(tiles, MERGED_TILES))
     block_c = min(next_power_of_2(channels), 512 if interpreter else 64)
-    return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (16 * WARP), 8)))
+    return PassConfig(
+        block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (16 * WARP), MERGE_WARPS))
+    )
 
 
 def transpose_config(pixels: int, channels: int, *, interpreter: bool = False) -> PassConfig:
@@ -91,8 +94,9 @@ def transpose_config(pixels: int, channels: int, *, interpreter: bool = False) -
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
-    block_t = min(next_power_of_2(tiles), FEW_TILES)
-    return PassConfig(block_m=block_t, block_c=block_c, num_warps=max(1, min(block_t * block_c // (8 * WARP), 16)))
+    block_t = min(next_power_of_2(tiles), STEP_TILES)
+    num_warps = max(1, min(block_t * block_c // (8 * WARP), MERGE_WARPS))
+    return PassConfig(block_m=block_t, block_c=block_c, num_warps=num_warps)
 
 
 def window_config(channels: int, *, interpreter: bool = False) -> PassConfig:
