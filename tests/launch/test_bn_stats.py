@@ -286,7 +286,7 @@ def test_groups_are_recorded_too():
     with record_launches() as launches:
         finalize(StatTiles(data, 128, 128 * count))
     assert [launch.kernel for launch in launches] == ["bn_merge_kernel", "bn_finalize_kernel"]
-    merged = 2 * 196 * 64 * 4
+    merged = 2 * 98 * 64 * 4
     assert [launch.bytes for launch in launches] == [2 * count * 64 * 4 + merged, merged + 4 * 64 * 4]
 
 
