@@ -45,6 +45,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture(scope="module")
+def ieee() -> Iterator[None]:
+    """Convolutions of float32 by float32 products: PyTorch's switch off, which our kernels follow."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers, and the same order of programs, whichever tests ran before."""

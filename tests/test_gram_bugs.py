@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,15 +15,10 @@ from tests.gram_bugs import BUGS
 from tests.gram_case import matrix, nhwc, relative
 from tests.planted_bugs import Bug, mutated_source, planted
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the scenarios run in the interpreter")
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the scenarios run in the interpreter"),
+]
 
 
 def check_truncated_sums() -> None:

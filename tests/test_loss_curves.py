@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,15 +17,10 @@ STEPS, BATCH, SEEDS = 16, 16, (0, 1, 2)
 CLOSE, TOLERANCE = 11, 2e-3
 """So many steps the losses agree within so much: float32 rounds differently, and a step makes the difference grow."""
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's float32 is exact")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the interpreter's float32 is exact"),
+]
 
 
 def network() -> nn.Module:
@@ -68,7 +62,7 @@ def curve(route: str, seed: int, steps: int = STEPS) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[int, Tensor]:
+def plain(ieee: None) -> dict[int, Tensor]:
     """Plain PyTorch's curve for each seed."""
     return {seed: curve("reference", seed) for seed in SEEDS}
 

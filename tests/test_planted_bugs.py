@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,15 +16,10 @@ from tests.conftest import INTERPRETED
 from tests.planted_bugs import BUGS, Bug, mutated_source, planted
 from tests.staged_case import bottleneck, identity, image, plain
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the scenarios run in the interpreter")
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the scenarios run in the interpreter"),
+]
 
 
 def check_bottleneck() -> None:

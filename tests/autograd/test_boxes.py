@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,15 +11,7 @@ from fused_resnet.launch.record import record_launches
 from tests.conftest import INTERPRETED
 from tests.staged_case import BOXES, boxed
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's tiles")
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.skipif(not INTERPRETED, reason="the interpreter's tiles")]
 
 
 @pytest.mark.parametrize("source", BOXES)

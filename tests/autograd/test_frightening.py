@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ from tests.conftest import INTERPRETED
 from tests.frightening import BLOCKS, SCENARIOS, far
 from tests.whole_block import Block, identity_block
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations")
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations"),
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,14 +38,6 @@ KNOWN = {
     ("filters orthogonal to the data", "float32", "projection"): SQUARED,
 }
 """Where the rule refuses the Gram route, and why. "auto" does not take it in float32."""
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def _known(reason: str | None) -> tuple[pytest.MarkDecorator, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,18 +17,13 @@ from tests.conftest import INTERPRETED
 from tests.staged_case import image, layer
 from tests.whole_block import Block, projected_block
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations")
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations"),
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALF = {name: dtype for name, dtype in DTYPES.items() if name != "float32"}
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def unstrided_block(dtype: torch.dtype, seed: int = 0, size: tuple[int, int, int] = (3, 6, 7)) -> Block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,10 @@ from tests import numerics, staged_case
 from tests.conftest import INTERPRETED
 from tests.eager import Choose, mixed
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations")
-
-
-@pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(not INTERPRETED, reason="the interpreter's own configurations"),
+]
 
 
 @dataclass
