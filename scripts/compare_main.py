@@ -85,8 +85,15 @@ def main(options: argparse.Namespace) -> int:
     from data import DataError
 
     result = Result()
+    asked_to_stop = []
+
+    def stop(number, frame):
+        asked_to_stop.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
     try:
-        Job(options, device, result, say).run()
+        Job(options, device, result, say, stopped=lambda: bool(asked_to_stop)).run()
     except KeyboardInterrupt:
         result.interrupted = True
     except (DataError, JobError) as error:

@@ -43,8 +43,16 @@ def build(family: Any, model: str, images: data.ImageSet) -> nn.Module:
 class Job:
     """Fills ``result`` part by part, so that an interruption leaves the finished parts."""
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, result: Result, say: Say) -> None:
-        self.options, self.device, self.result, self.say = options, device, result, say
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        device: torch.device,
+        result: Result,
+        say: Say,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``stopped`` tells before each training step whether somebody asked to stop."""
+        self.options, self.device, self.result, self.say, self.stopped = options, device, result, say, stopped
         self.gpu = device.type == "cuda"
         self.precision = options.precision
         if self.precision == "auto":
@@ -125,9 +133,12 @@ class Job:
     def _batches(self) -> Iterator[data.Batch]:
         o = self.options
         for epoch in itertools.count():
-            yield from self.images.batches(
+            for batch in self.images.batches(
                 "train", o.batch_size, device=self.device, seed=o.seed, epoch=epoch, drop_last=True, workers=o.workers
-            )
+            ):
+                if self.stopped():  # a KeyboardInterrupt inside a finaliser is dropped: here it comes again
+                    raise KeyboardInterrupt
+                yield batch
 
     def _held_out(self) -> Iterator[data.Batch]:
         o = self.options

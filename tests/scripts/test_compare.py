@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -174,6 +175,17 @@ def test_job_with_a_stand_in(network, fails, tmp_path, monkeypatch):
     assert len(result.candidates["eager"].losses) == 5 and len(result.candidates["fused"].losses) == 3
     assert len(result.projection) == 4
     json.dumps(result.to_dict())
+
+
+def test_a_job_stops_where_an_interrupt_was_dropped(tmp_path, monkeypatch):
+    """Python drops a KeyboardInterrupt that a finaliser raises; the next step sees that somebody asked."""
+    monkeypatch.setattr(job, "fr", stand_in(_Noted))
+    monkeypatch.setattr(job, "explain", made_up_costs)
+    o = options.parse(shlex.split("--epochs 1 --steps 3 --batch-size 16 --limit 80 --lr 0.2"))
+    result, asked = Result(), itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        job.Job(o, torch.device("cpu"), result, str, stopped=lambda: next(asked) >= 6).run()
+    assert 0 < len(result.candidates["eager"].losses) < 5 and "fused" not in result.candidates
 
 
 class _Event:
