@@ -16,6 +16,7 @@ from fused_resnet.explain import explain
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.candidates import candidates
+from fused_resnet.plan.defaults import default_config
 from fused_resnet.plan.target import H100, Assumption, assume
 
 LAYERS = [layer for layer in problems.layers(50) if layer.role != "stem"]
@@ -50,7 +51,7 @@ def bench_launcher(benchmark: Any, case: ConvCase) -> None:
     """Checks, allocation and record of one launch on ``meta`` tensors: all of it but Triton's own."""
     benchmark.group = "host time of a launch"
     t = {name: v.to("meta") for name, v in case.inputs("cpu", empty=True).items()}
-    config = planner.default_config(case.problem, case.kind, H100)
+    config = default_config(case.problem, case.kind, H100)
     benchmark(lambda: case.ours(t, config))
     with record_launches() as launches:
         case.ours(t, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fused_resnet.plan.planner import MOST_GRAM_WIDTH
+from fused_resnet.plan.gram_plan import MOST_GRAM_WIDTH
 from fused_resnet.plan.tables import KINDS
 
 from . import problems

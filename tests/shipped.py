@@ -33,6 +33,7 @@ from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.defaults import default_config
 from fused_resnet.plan.gram_wgrad import gram_wgrad_config
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 from fused_resnet.plan.plans import ChainProblem
@@ -59,7 +60,7 @@ def configurations(problem: ConvProblem, kind: str, target: Target, formed: bool
 
     ``formed``: only what was measured of a gradient whose dy was formed before.
     """
-    found = [] if formed else [planner.default_config(problem, kind, target)]
+    found = [] if formed else [default_config(problem, kind, target)]
     measured = tables.TABLES.get(tables.gpu_slug(target.name), {}).get(tables.problem_key(problem), {})
     others = ("dgrad+gram", "dgrad+in+gram", "dgrad+gram2", "wgrad+in+out+gram")  # of kernels of their own
     names = [name for name in measured if name.partition("+")[0] == kind and name not in others]
@@ -208,7 +209,7 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     affine, of_y, wide = _rows(2, last.Ci), _image(p.N, last.Ci, p.P, p.Q, dtype), _rows(2, p.Co)
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)
-    for config in dict.fromkeys([plan.fprop, planner.default_config(last, "fprop", target)]):
+    for config in dict.fromkeys([plan.fprop, default_config(last, "fprop", target)]):
         bits = empty_bits((last.N, last.Co, last.P, last.Q), x.device)
         for prologue, written in itertools.product((affine, None), (None, bits)):
             epilogue = {"output_affine": wide, "projection": joining, "relu": True, "bits": written}

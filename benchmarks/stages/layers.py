@@ -10,7 +10,7 @@ import torch
 
 from fused_resnet.launch import vendor
 from fused_resnet.plan.config import supports
-from fused_resnet.plan.planner import default_config
+from fused_resnet.plan.defaults import default_config
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import INTERPRETER, current
 

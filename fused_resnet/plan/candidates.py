@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .config import GemmConfig, supports
+from .defaults import default_config
 from .gram import gram_config, gram_tiles
 from .gram_dgrad import gram_dgrad_config
 from .gram_wgrad import gram_wgrad_config
-from .planner import default_config
 from .problem import ConvProblem
 from .split import wgrad_split
 from .target import Target

@@ -11,7 +11,7 @@ import torch
 from benchmarks import problems
 from fused_resnet.plan.candidates import MOST, candidates, projection_candidates
 from fused_resnet.plan.config import supports
-from fused_resnet.plan.planner import default_config
+from fused_resnet.plan.defaults import default_config
 from fused_resnet.plan.target import A100, H100
 
 pytestmark = pytest.mark.quick

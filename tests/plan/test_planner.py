@@ -11,6 +11,7 @@ import torch
 
 from fused_resnet.plan import planner, tables, target
 from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.gram_plan import gram_plan
 from fused_resnet.plan.plans import ChainProblem, Choice, ConvPlan, Plan, decode
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import A100, H100, INTERPRETER, Target
@@ -190,12 +191,12 @@ def test_the_gram_route_s_configurations_are_the_measured_ones(
         "wgrad+in+out+gram": tables.Entry(wide, whole, None, 0.0, None, "test"),
     }
     monkeypatch.setattr(tables, "lookup", lambda _, name, __: found.get(name))
-    gram = planner._gram_plan(conv, H100)
+    gram = gram_plan(conv, H100)
     assert gram.gram == square and gram.wgrad == OURS
     assert gram.masked_wgrad == (wide if masked else None)
     monkeypatch.setattr(tables, "lookup", lambda *_: None)
-    assert planner._gram_plan(conv, H100).masked_wgrad is None
-    assert planner._gram_plan(replace(conv, Ci=128), H100).masked_wgrad is not None
+    assert gram_plan(conv, H100).masked_wgrad is None
+    assert gram_plan(replace(conv, Ci=128), H100).masked_wgrad is not None
 
 
 def projected(ci: int, co: int, stride: int = 2, kernel: int = 1, groups: int = 1) -> ChainProblem:

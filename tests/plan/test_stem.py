@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from fused_resnet.plan.config import supports
-from fused_resnet.plan.planner import default_config, plan_conv
+from fused_resnet.plan.defaults import default_config
+from fused_resnet.plan.planner import plan_conv
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import A100, H100, INTERPRETER, Target
 
