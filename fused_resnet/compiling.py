@@ -42,7 +42,8 @@ def warmup(
     processes, by default one per processor and at most 16, compile into Triton's cache on disk, where later runs and
     other processes find the result: every rank may call this. RuntimeError: kernels that do not compile, by name.
     """
-    assumed = assumption_of(unwrapped(model), target)
+    model = unwrapped(model)
+    assumed = assumption_of(model, target)
     found = assumed.target
     if found is None or found.interpreter or requested().route == "reference":
         return 0
@@ -53,7 +54,7 @@ def warmup(
         jobs.setdefault(_key(kernel, job), job)
 
     with assume(assumed):
-        rehearse(unwrapped(model), [image_like(input_shape, dtype)], dtype, training, collect)
+        rehearse(model, [image_like(input_shape, dtype)], dtype, training, collect)
     compile_all(list(jobs.values()), found.sm, workers)
     return len(jobs)
 

@@ -160,6 +160,7 @@ def _conv_act(
 
 def first_again(plan: Plan, weight: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     """What forward left of the first convolution in ``Saved.ys``, computed again."""
-    if Passes(plan).batch:
+    passes = Passes(plan)
+    if passes.batch:
         return conv_only(plan.convs[0], weight, x)
-    return _conv_act(Passes(plan), plan.convs[0], weight, x, stats, None, True)
+    return _conv_act(passes, plan.convs[0], weight, x, stats, None, True)
