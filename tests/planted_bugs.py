@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,17 @@ def planted(bug: Bug) -> Iterator[None]:
             for module, name, value in changed:
                 setattr(module, name, value)
             del sys.modules[mutant.__name__]
+
+
+def survives(bug: Bug, scenarios: Mapping[str, Callable[[], object]], refusals: tuple[type[Exception], ...]) -> bool:
+    """Whether every scenario that ``bug`` names passes with it planted; ``refusals`` are what counts as not passing."""
+    with planted(bug):
+        for name in bug.scenarios:
+            try:
+                scenarios[name]()
+            except refusals:
+                return False
+    return True
 
 
 def _home(value: Any) -> str | None:
