@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measured
-from benchmarks.device import Device
-from benchmarks.passes import PassCase
+from benchmarks import measured, registry
+from benchmarks.registry import Entry
+from benchmarks.timing import device_seconds
 
 
-@pytest.mark.parametrize("case", measured.passes_named("bn_act"), ids=measured.identify)
-def bench_bn_act(benchmark: Any, gpu: Device, case: PassCase) -> None:
-    measured.bench_pass(benchmark, gpu, case)
+@pytest.mark.benchmark(timer=device_seconds)
+@pytest.mark.parametrize(("entry", "candidate"), registry.runs(registry.passes_of("bn_act")), ids=registry.identify)
+def bench_bn_act(benchmark: Any, gpu: measured.Machine, entry: Entry, candidate: str) -> None:
+    measured.bench(benchmark, gpu, entry, candidate)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measured
-from benchmarks.device import Device
-from benchmarks.passes import PassCase
+from benchmarks import measured, registry
+from benchmarks.registry import Entry
+from benchmarks.timing import device_seconds
 
 
-@pytest.mark.parametrize("case", measured.passes_named("bn_stats", "bn_finalize"), ids=measured.identify)
-def bench_bn_stats(benchmark: Any, gpu: Device, case: PassCase) -> None:
-    measured.bench_pass(benchmark, gpu, case)
+@pytest.mark.benchmark(timer=device_seconds)
+@pytest.mark.parametrize(
+    ("entry", "candidate"), registry.runs(registry.passes_of("bn_stats", "bn_finalize")), ids=registry.identify
+)
+def bench_bn_stats(benchmark: Any, gpu: measured.Machine, entry: Entry, candidate: str) -> None:
+    measured.bench(benchmark, gpu, entry, candidate)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measured
-from benchmarks.cases import ConvCase
-from benchmarks.device import Device
+from benchmarks import measured, registry
+from benchmarks.registry import Entry
+from benchmarks.timing import device_seconds
 
 
-@pytest.mark.parametrize("who", ["ours", "vendor"])
-@pytest.mark.parametrize("case", measured.conv_cases("dgrad"), ids=measured.identify)
-def bench_conv_dgrad(benchmark: Any, gpu: Device, case: ConvCase, who: str) -> None:
-    measured.bench_conv(benchmark, gpu, case, who)
+@pytest.mark.benchmark(timer=device_seconds)
+@pytest.mark.parametrize(("entry", "candidate"), registry.runs(registry.convolutions("dgrad")), ids=registry.identify)
+def bench_conv_dgrad(benchmark: Any, gpu: measured.Machine, entry: Entry, candidate: str) -> None:
+    measured.bench(benchmark, gpu, entry, candidate)

@@ -16,6 +16,8 @@ from .device import Device
 from .timing import Timing, interleave
 
 Step = Callable[[], object]
+LOSS_TOLERANCE = 0.02
+"""Relative difference of the warm-up's losses: more than rounding in different places, less than a wrong gradient."""
 
 
 def tiny_or(dry: bool, batch: int, size: int) -> tuple[int, int]:
@@ -53,8 +55,8 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, device: Device, batch: int, size: int, *, dtype: torch.dtype = torch.bfloat16,
-                 compile_options: dict[str, Any] | None = None) -> None:  # fmt: skip
-        self.device, self.batch = device, batch
+                 compile_options: dict[str, Any] | None = None, route: str = "auto") -> None:  # fmt: skip
+        self.device, self.batch, self.route = device, batch, route
         batch, size = tiny_or(device.dry, batch, size)
         if device.dry:
             dtype = torch.float32  # the interpreter has no bfloat16
@@ -79,7 +81,7 @@ class Training:
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast:
+        with self.autocast, fr.use_route(self.route):
             loss = F.cross_entropy(self.forward(self.x), self.target)
         loss.backward()
         # Detached: a graph that outlives its step would keep gradient accumulators bound to that step's stream.

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .device import Device
 
 Call = Callable[[], object]
@@ -88,3 +90,47 @@ def rotation(device: Device, bytes_per_set: int, limit: int = 16) -> int:
 def floor_us(ceilings: Mapping[str, float], nbytes: int, flops: int) -> float:
     """The larger of the bytes over the bandwidth and the operations over the matrix rate."""
     return max(nbytes / ceilings["bytes_per_s"], flops / ceilings["flops_per_s"]) * 1e6
+
+
+class _DeviceClock:
+    """Seconds on the GPU's own clock. Two readings differ by what lies between two events, waited for.
+
+    Each reading adds the time since the last one: an event's own clock is a float32, too coarse after minutes.
+    """
+
+    last: torch.cuda.Event | None = None
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        if self.last is not None:
+            self.seconds += self.last.elapsed_time(now) * 1e-3
+        self.last = now
+        return self.seconds
+
+
+class _PeakMemory:
+    """GiB in place of seconds: two readings differ by the peak of what was allocated between them."""
+
+    total = 0.0
+
+    def __call__(self) -> float:
+        torch.cuda.synchronize()
+        self.total += torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return self.total
+
+
+_clock, _memory = _DeviceClock(), _PeakMemory()
+
+
+def device_seconds() -> float:
+    """pytest-benchmark's timer where a GPU is timed."""
+    return _clock()
+
+
+def peak_gib() -> float:
+    """pytest-benchmark's timer where memory is measured: what it prints as seconds are GiB."""
+    return _memory()

@@ -19,6 +19,7 @@ from fused_resnet.autograd.chain import SLOTS
 from fused_resnet.launch.record import record_launches
 from tests import numerics
 
+from ..device import Device
 from ..errors import exact_float32
 from ..harness import Context, Item
 
@@ -48,15 +49,33 @@ def items(context: Context) -> Iterator[Item]:
             if context.dry:
                 inplanes, planes, side = max(4, inplanes // 32), max(4, planes // 32), 6
             name = f"{kind} {inplanes}, {planes}, /{stride} {side}px {str(dtype).removeprefix('torch.')}"
-            yield name, lambda a=(kind, inplanes, planes, stride, side), d=dtype: _block(context, *a, d)
+            yield name, lambda a=(kind, inplanes, planes, stride, side), d=dtype: judge(context.device, *a, d)
     for dtype in (torch.float32,) if context.dry else (torch.bfloat16, torch.float16):
-        yield f"Stem {str(dtype).removeprefix('torch.')}", lambda d=dtype: _stem(context, d)
+        yield f"Stem {str(dtype).removeprefix('torch.')}", lambda d=dtype: judge_stem(context.device, d)
 
 
-def _make(kind: str, inplanes: int, planes: int, stride: int) -> nn.Module:
+class PlainStem(fr.Stem):
+    """The stem's layers one by one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+
+
+PLAIN: dict[str, Any] = {
+    "Bottleneck": fr.reference.Bottleneck,
+    "BasicBlock": fr.reference.BasicBlock,
+    "ConvBNReLU": fr.reference.ConvBNReLU,
+    "Stem": PlainStem,
+}
+
+
+def make(kind: str, inplanes: int, planes: int, stride: int, *, plain: bool = False) -> nn.Module:
+    """A layer or block, ours or plain PyTorch's; with a projection where the shapes ask for one."""
+    cls = PLAIN[kind] if plain else getattr(fr, kind)
     if kind == "ConvBNReLU":
-        return fr.ConvBNReLU(inplanes, planes, 3, stride)
-    cls = getattr(fr, kind)
+        return cls(inplanes, planes, 3, stride)
+    if kind == "Stem":
+        return cls(inplanes, planes)
     width = planes * cls.expansion
     downsample = None
     if stride != 1 or inplanes != width:
@@ -64,7 +83,7 @@ def _make(kind: str, inplanes: int, planes: int, stride: int) -> nn.Module:
     return cls(inplanes, planes, stride, downsample)
 
 
-def _prepare(context: Context, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def prepare(device: Device, module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Weights that ``dtype`` holds exactly, gamma and beta that are not 1 and 0."""
     with torch.no_grad():
         for child in module.modules():
@@ -73,7 +92,7 @@ def _prepare(context: Context, module: nn.Module, dtype: torch.dtype) -> nn.Modu
             elif isinstance(child, nn.BatchNorm2d):
                 child.weight.uniform_(0.5, 1.5)
                 child.bias.normal_(0, 0.3)
-    return module.to(context.device.name).to(memory_format=torch.channels_last).train()
+    return module.to(device.name).to(memory_format=torch.channels_last).train()
 
 
 def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool = True) -> numerics.Layer:
@@ -89,12 +108,13 @@ def _pairs(block: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 
 
 def _run(
-    context: Context, module: nn.Module, x: torch.Tensor, dout: torch.Tensor
+    device: Device, module: nn.Module, x: torch.Tensor, dout: torch.Tensor, route: str = "auto"
 ) -> tuple[torch.Tensor, Any, list[str]]:
     """Forward and backward; the output, what the fused operation kept for backward, and the kernels that ran."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     with record_launches() as launches:
-        with torch.autocast(context.device.name, dtype=x.dtype) if half else nullcontext():
+        autocast = torch.autocast(device.name, dtype=x.dtype) if half else nullcontext()
+        with fr.use_route(route, strict=route != "auto"), autocast:
             out = module(x)
         kept = _saved(out.grad_fn)
         out.backward(dout)
@@ -104,8 +124,8 @@ def _run(
     return out.detach(), kept, ran
 
 
-def _image(context: Context, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    t = torch.randn(shape, device=context.device.name, dtype=dtype)
+def _image(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    t = torch.randn(shape, device=device.name, dtype=dtype)
     return t.contiguous(memory_format=torch.channels_last)
 
 
@@ -118,19 +138,28 @@ def _saved(node: Any) -> list[Any]:
     return list(node.saved_tensors)
 
 
-def _block(
-    context: Context, kind: str, inplanes: int, planes: int, stride: int, side: int, dtype: torch.dtype
+def judge(
+    device: Device,
+    kind: str,
+    inplanes: int,
+    planes: int,
+    stride: int,
+    side: int,
+    dtype: torch.dtype,
+    *,
+    route: str = "auto",
 ) -> dict[str, Any]:
+    """The rule on a layer or block: ``ok``, each result's ``scores``, the ``kernels`` that ran."""
     torch.manual_seed(1)
-    block = _prepare(context, _make(kind, inplanes, planes, stride), dtype)
-    batch = 2 if context.dry else BATCH
-    x = _image(context, (batch, inplanes, side, side), dtype).requires_grad_()
+    block = prepare(device, make(kind, inplanes, planes, stride), dtype)
+    batch = 2 if device.dry else BATCH
+    x = _image(device, (batch, inplanes, side, side), dtype).requires_grad_()
     pairs = _pairs(block)
     width = pairs[-1][0].out_channels
     out_side = -(-side // stride)
-    dout = _image(context, (batch, width, out_side, out_side), dtype)
+    dout = _image(device, (batch, width, out_side, out_side), dtype)
 
-    out, kept, ran = _run(context, block, x, dout)
+    out, kept, ran = _run(device, block, x, dout, route)
     # x, out, then SLOTS each of weight, gamma, beta, raw output and statistics.
     ys, stats = (kept[2 + SLOTS * i : 2 + SLOTS * (i + 1)] for i in (3, 4))
     masks = [
@@ -154,7 +183,7 @@ def _block(
             f"dbeta{suffix}": bn.bias.grad,
         }
     layers = [_layer(conv, bn) for conv, bn in pairs]
-    context.device.synchronize()
+    device.synchronize()
     with exact_float32():
         runs = _chains(x.detach(), layers, dout, masks, dtype, parts)
     scores = numerics.score_all(candidate, *runs)
@@ -191,15 +220,16 @@ def _verdict(scores: list[numerics.Score], ran: list[str]) -> dict[str, Any]:
     return {"ok": not wrong, "scores": rows, "kernels": ran, "line": line}
 
 
-def _stem(context: Context, dtype: torch.dtype) -> dict[str, Any]:
+def judge_stem(device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """A stem's, likewise."""
     torch.manual_seed(1)
-    stem = _prepare(context, fr.Stem(3, 16 if context.dry else 64), dtype)
-    batch, side = (2, 16) if context.dry else (BATCH, 224)
-    x = _image(context, (batch, 3, side, side), dtype)
+    stem = prepare(device, fr.Stem(3, 16 if device.dry else 64), dtype)
+    batch, side = (2, 16) if device.dry else (BATCH, 224)
+    x = _image(device, (batch, 3, side, side), dtype)
     with torch.no_grad():
         shape = F.max_pool2d(stem.conv1(x.float()), 3, 2, 1).shape
-    dout = _image(context, tuple(shape), dtype)
-    out, _, ran = _run(context, stem, x, dout)
+    dout = _image(device, tuple(shape), dtype)
+    out, _, ran = _run(device, stem, x, dout)
     ours = [out, stem.conv1.weight.grad, stem.bn1.weight.grad, stem.bn1.bias.grad]
     with exact_float32():
         eager, oracle = (_plain_stem(stem, x, dout, to) for to in (dtype, torch.float64))

@@ -15,10 +15,7 @@ import fused_resnet as fr
 
 from .. import networks
 from ..harness import Context, Item
-from ..networks import Training
-
-LOSS_TOLERANCE = 0.02
-"""Relative difference of the warm-up's losses: more than rounding in different places, less than a wrong gradient."""
+from ..networks import LOSS_TOLERANCE, Training
 
 
 def items(context: Context) -> Iterator[Item]:

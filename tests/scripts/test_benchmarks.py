@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_step as step_file
-from benchmarks import harness, measured, networks, passes, problems, report
+from benchmarks import harness, measured, modules, passes, problems, registry, report
 from benchmarks.cases import ConvCase
 from benchmarks.device import ROOT, DryDevice
 from benchmarks.projections import projection_cases
+from benchmarks.registry import Entry
 from benchmarks.roles import cases
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import INTERPRETER
@@ -28,48 +33,193 @@ class Benchmark:
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
         self.group = ""
+        self.timed = False
 
     def pedantic(self, function: Callable[[], object], **rounds: int) -> None:
         function()
+        self.timed = True
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "target", lambda: INTERPRETER)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
+DRY = measured.Machine(DryDevice(), INTERPRETER, {"gpu": "none"})
 CASES = [case for layer in problems.layers(50, 2, 32, 8, "float32")[1:4] for case in cases(layer)]
 CASES += projection_cases(ConvProblem(2, 7, 6, 16, 32, stride=(2, 2), dtype="float32"))
 
 
-@pytest.mark.usefixtures("interpreted")
+def bench(subject: Any, candidate: str, level: str = "kernel") -> Benchmark:
+    """One benchmark, rehearsed."""
+    benchmark = Benchmark()
+    measured.bench(benchmark, DRY, Entry(level, subject, (candidate,), "none"), candidate)
+    return benchmark
+
+
+@pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("who", ["ours", "vendor"])
-@pytest.mark.parametrize("case", CASES, ids=measured.identify)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_convolution_s_benchmark(case: ConvCase, who: str) -> None:
-    benchmark = Benchmark()
-    measured.bench_conv(benchmark, DryDevice(), case, who)
-    assert {"bytes", "flops", "floor_us", "device_us", "ratio"} <= set(benchmark.extra_info)
-    assert ("error" in benchmark.extra_info) == (who == "ours")
-    assert benchmark.group == case.name
+    benchmark = bench(case, who)
+    assert {"bytes", "flops", "floor_us", "device_us", "fraction_of_floor", "gpu"} <= set(benchmark.extra_info)
+    assert ("error" in benchmark.extra_info) == ("speedup" in benchmark.extra_info) == (who == "ours")
+    assert benchmark.group == f"kernel: {case.name}" and benchmark.timed
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("case", passes.cases(dry=True), ids=measured.identify)
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("case", passes.cases(dry=True), ids=lambda case: case.name)
 def test_a_pass_s_benchmark(case: passes.PassCase) -> None:
-    benchmark = Benchmark()
-    measured.bench_pass(benchmark, DryDevice(), case)
+    benchmark = bench(case, "ours")
     assert benchmark.extra_info["error"] and benchmark.extra_info["bytes"] > 0
 
 
-def test_a_step_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "fused_resnet", lambda depth, dry: networks.tiny(torch.nn.Identity))
-    monkeypatch.setattr(networks, "tiny", lambda block: torch.nn.Sequential(
-        torch.nn.Conv2d(3, 10, 3, 4, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
-    ))  # fmt: skip
+@pytest.mark.parametrize("subject", [CASES[0], modules.BLOCKS[0], modules.ModelCase(18)], ids=lambda case: case.name)
+def test_what_is_wrong_fails_by_name_and_has_no_time(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: Any = {"y": {"ok": False, "failed": "R", "rms": 0.3}} if isinstance(subject, ConvCase) else ["dx: R"]
+    monkeypatch.setattr(type(subject), "check", lambda *_: wrong)
+    monkeypatch.setattr(measured, "interleave", lambda *_, **__: pytest.fail("it was timed"))
+    with pytest.raises(pytest.fail.Exception, match=f"{re.escape(subject.name)}, ours: WRONG, not timed: (y|dx): R"):
+        bench(subject, "ours")
+
+
+def test_losses_that_differ_are_wrong() -> None:
+    ours, theirs = (modules.Running(lambda: None, 0, losses) for losses in ((7.0, 6.0), (7.0, 6.5)))
+    assert modules.losses_apart(theirs, theirs) == []
+    assert "apart from eager's" in modules.losses_apart(ours, theirs)[0]
+
+
+TINY = modules.BlockCase("Bottleneck", 256, 64, 1, 56)
+MODULES = [(TINY, candidate) for candidate in ("eager", "graph", "max-autotune", "ours graph, gram")]
+MODULES += [(replace(TINY, training=False), candidate) for candidate in ("eager", "ours", "ours graph, single")]
+MODULES += [(case, "ours") for case in modules.LAYERS[:2]]
+MODULES += [(modules.ModelCase(18), "ours graph"), (modules.ModelCase(50, training=False), "ours")]
+MODULES += [(modules.ModelCase(18, training=False), "compile")]
+
+
+@pytest.mark.parametrize(("case", "candidate"), MODULES, ids=lambda value: getattr(value, "name", value))
+def test_a_module_s_benchmark(case: Any, candidate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "cost", lambda case, target: modules.Cost(1, 2, 3.0, 4))
+    benchmark = bench(case, candidate, "block")
+    assert benchmark.extra_info["images_per_s"] > 0 and benchmark.extra_info["peak_bytes"] > 0
+    assert benchmark.timed and ("speedup" in benchmark.extra_info) == (candidate != "eager")
+
+
+def test_peak_memory_s_benchmark() -> None:
     benchmark = Benchmark()
-    step_file.bench_step(benchmark, DryDevice(), 50, "fused", True)
-    assert benchmark.extra_info["images_per_s"] > 0
+    measured.bench_memory(benchmark, DRY, registry.Entry("memory", modules.ModelCase(18), (), "none"), "ours")
+    assert "GiB" in benchmark.group and benchmark.extra_info["peak_bytes"] and benchmark.timed
+
+
+class TestRegistry:
+    entries = tuple(registry.entries())
+
+    def test_each_entry_names_tests_that_exist_and_candidates_that_are_known(self) -> None:
+        assert {entry.level for entry in self.entries} == set(registry.LEVELS)
+        assert len({entry.group for entry in self.entries}) == len(self.entries)
+        for entry in self.entries:
+            assert (ROOT / "tests" / entry.test).is_file(), entry.test
+            known = ("vendor", "ours", "vendor graph") if entry.level == "kernel" else modules.HOW
+            assert set(entry.candidates) <= set(known) and "ours" in entry.candidates
+
+    def test_each_kind_of_entry_has_flops_bytes_and_a_floor(self) -> None:
+        """One of a kind: the rest would take half a minute."""
+        kinds = {(entry.level, entry.operation): entry for entry in self.entries if entry.level in ("kernel", "block")}
+        kinds["forward", "smallest"] = next(entry for entry in self.entries if entry.level == "forward")
+        for entry in kinds.values():
+            cost = entry.cost()
+            assert cost.bytes > 0 and cost.floor_us > 0 and cost.eager_bytes >= cost.bytes, entry.name
+
+    def test_every_benchmark_of_a_gpu_is_the_registry_s(self) -> None:
+        files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"bench_plan"}
+        for name in files:
+            assert "registry.runs(registry." in (ROOT / "benchmarks" / f"{name}.py").read_text(), name
+        listed = "\n".join((ROOT / "benchmarks" / f"{name}.py").read_text() for name in files)
+        for kind in registry.KERNELS:
+            assert f'convolutions("{kind}")' in listed
+        for launcher in registry.PASSES:
+            assert f'"{launcher}"' in listed
+
+
+class TestVendorGraph:
+    case = ConvCase(ConvProblem(2, 5, 5, 8, 16, dtype="float32"), "fprop", "conv3", affine=True, stats=True)
+
+    def test_without_the_package_it_is_left_out_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cudnn", None)
+        with pytest.raises(pytest.skip.Exception, match="vendor graph: nvidia-cudnn-frontend is not installed"):
+            bench(self.case, "vendor graph")
+
+    def test_the_graph_is_the_convolution_with_its_prologue(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cudnn", FakeCudnn())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        assert bench(self.case, "vendor graph").timed
+
+    def test_a_graph_that_the_vendor_refuses_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = FakeCudnn()
+        fake.heur_mode = SimpleNamespace()  # asking for a heuristic fails as an unsupported graph does
+        fake.cudnnGraphNotSupportedError = AttributeError
+        monkeypatch.setitem(sys.modules, "cudnn", fake)
+        with pytest.raises(pytest.skip.Exception, match="the vendor's graph API refuses"):
+            bench(self.case, "vendor graph")
+
+
+class FakeTensor:
+    """A node of the graph: how its value follows from those of the nodes before it."""
+
+    def __init__(self, value: Callable[[dict[Any, torch.Tensor]], torch.Tensor] | None = None) -> None:
+        self.value = value
+
+    def set_output(self, _: bool) -> FakeTensor:
+        return self
+
+    def set_data_type(self, _: object) -> FakeTensor:
+        return self
+
+    def of(self, pack: dict[Any, torch.Tensor]) -> torch.Tensor:
+        return pack[self] if self.value is None else self.value(pack)
+
+
+class FakeCudnn:
+    """As much of the vendor's graph API as is used, over PyTorch."""
+
+    data_type = SimpleNamespace(BFLOAT16=1, HALF=2, FLOAT=3)
+    heur_mode = SimpleNamespace(A=0)
+    cudnnGraphNotSupportedError = RuntimeError
+
+    def create_handle(self) -> int:
+        return 1
+
+    def set_stream(self, *, handle: int, stream: int) -> None:
+        assert handle == 1
+
+    def pygraph(self, **_: Any) -> FakeCudnn:
+        return self
+
+    def tensor_like(self, _: torch.Tensor) -> FakeTensor:
+        return FakeTensor()
+
+    def mul(self, a: FakeTensor, b: FakeTensor) -> FakeTensor:
+        return FakeTensor(lambda pack: a.of(pack) * b.of(pack))
+
+    def add(self, a: FakeTensor, b: FakeTensor) -> FakeTensor:
+        return FakeTensor(lambda pack: a.of(pack) + b.of(pack))
+
+    def relu(self, a: FakeTensor) -> FakeTensor:
+        return FakeTensor(lambda pack: torch.relu(a.of(pack)))
+
+    def conv_fprop(self, *, image: FakeTensor, weight: FakeTensor, **geometry: Any) -> FakeTensor:
+        self.outputs = [FakeTensor(lambda pack: torch.conv2d(image.of(pack), weight.of(pack), None, **geometry))]
+        return self.outputs[0]
+
+    def genstats(self, y: FakeTensor) -> list[FakeTensor]:
+        sums = [FakeTensor(lambda pack, n=n: y.of(pack).pow(n).sum((0, 2, 3), keepdim=True)) for n in (1, 2)]
+        self.outputs += sums
+        return sums
+
+    def build(self, _: list[Any]) -> None:
+        pass
+
+    def get_workspace_size(self) -> int:
+        return 0
+
+    def execute(self, pack: dict[FakeTensor, torch.Tensor], workspace: torch.Tensor, *, handle: int) -> None:
+        for node in self.outputs:
+            pack[node].copy_(node.of({key: t for key, t in pack.items() if key not in self.outputs}))
 
 
 def test_a_report_of_what_was_measured(tmp_path: Path) -> None:
@@ -93,17 +243,23 @@ def test_every_record_makes_a_report(folder: Path) -> None:
     assert report.report(folder).startswith("gpu ")
 
 
-def test_the_host_s_run_and_the_gpu_s_skip_with_a_reason() -> None:
+def test_the_host_s_run_and_the_gpu_s_skip_with_a_reason(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider",
-               "--benchmark-max-time=0.05", "--benchmark-min-rounds=2"]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += ["--benchmark-max-time=0.05", "--benchmark-min-rounds=2", f"--benchmark-json={tmp_path / 'found.json'}"]
     # As a user's shell: neither interpreted nor, to pytest-benchmark's eyes, a worker of somebody's parallel run.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_XDIST"))
     }
+    begin = time.monotonic()
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     assert "a kernel is timed on a GPU, and PyTorch finds none" in run.stdout
     for name in ("bench_plan_conv", "bench_launcher[fprop]", "bench_block[forward and backward]", "bench_explain"):
         assert name in run.stdout
+    assert time.monotonic() - begin < 120, "a minute is promised; two are for a machine that does other things, too"
+    assert " of kernel (" in run.stdout and "What ran is the host's part" in run.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine_info"]["fused_resnet"]["torch"] == torch.__version__
+    assert {"bytes", "flops"} <= set(next(b for b in found["benchmarks"] if "launcher" in b["name"])["extra_info"])

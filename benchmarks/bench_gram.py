@@ -1,0 +1,17 @@
+"""The Gram matrix of a convolution's input, and the sums of its channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import measured, registry
+from benchmarks.registry import Entry
+from benchmarks.timing import device_seconds
+
+
+@pytest.mark.benchmark(timer=device_seconds)
+@pytest.mark.parametrize(("entry", "candidate"), registry.runs(registry.convolutions("gram")), ids=registry.identify)
+def bench_gram(benchmark: Any, gpu: measured.Machine, entry: Entry, candidate: str) -> None:
+    measured.bench(benchmark, gpu, entry, candidate)
