@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .launch.record import Launch, OnKernel, rehearse_launches
+from .modules.children import passive
 from .plan.cost import Cost, eager_costs
 from .plan.plans import Plan, decode
 
@@ -151,10 +152,12 @@ class _Stage(TorchDispatchMode):
         """
         names = {module: name for name, module in model.named_modules()}
 
+        @passive
         def enter(module: nn.Module, _arguments: Any) -> None:
             if module in names:
                 self._enter(names[module])
 
+        @passive
         def leave(module: nn.Module, _arguments: Any, _result: Any) -> None:
             if module in names:
                 self._leave()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..functional import BatchNorm, Conv
-from .children import is_untouched, may_fuse
+from .children import Unscriptable, is_untouched, may_fuse
 
 Layer = tuple[Conv, BatchNorm]
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -41,7 +41,7 @@ def _fusable(
     return cast("list[Pair]", list(pairs)) if fits else None  # a compiler that traces this evaluates no type
 
 
-class _MemoryOptions(nn.Module):
+class _MemoryOptions(Unscriptable):
     """The blocks' keywords beyond torchvision's, which are attributes and read at call time."""
 
     recompute: Sequence[str] = ()

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.modules import module as every_module
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+class Unscriptable(nn.Module):
+    """A module that TorchScript cannot compile, and that says so itself rather than by whatever it stumbles over."""
+
+    def __prepare_scriptable__(self) -> NoReturn:  # asked by torch.jit.script, of every module below as well
+        raise RuntimeError(
+            f"{type(self).__name__} runs Triton kernels, which TorchScript cannot hold: take torch.compile or "
+            "torch.export, or script the same network of fused_resnet.reference, which takes the same state dict"
+        )
+
+
+def passive(hook: Hook) -> Hook:
+    """Marks a global hook that need not be called for the children of a fused block."""
+    hook.is_passive = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _is_watched_globally() -> bool:
+    """Whether somebody registered a hook for every module there is (``register_module_forward_hook`` and others)."""
+    hooks = (
+        every_module._global_forward_hooks,
+        every_module._global_forward_pre_hooks,
+        every_module._global_backward_hooks,
+        every_module._global_backward_pre_hooks,
+    )
+    return any(not getattr(hook, "is_passive", False) for kind in hooks if kind for hook in kind.values())
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -18,6 +51,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or _is_watched_globally()
     )
 
 

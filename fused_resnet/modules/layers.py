@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reference import ConvBNReLU as PlainConvBNReLU
-from .children import may_fuse
+from .children import Unscriptable, may_fuse
 
 
-class ConvBNReLU(PlainConvBNReLU):
+class ConvBNReLU(Unscriptable, PlainConvBNReLU):
     """``relu(bn(conv(x)))`` as one operation: [N, in_channels, H, W] to [N, out_channels, P, Q].
 
     Children ``conv`` (without bias) and ``bn``. ``padding=None`` keeps the size at stride 1. The constructor is
@@ -33,7 +33,7 @@ class ConvBNReLU(PlainConvBNReLU):
         )
 
 
-class BNAddReLU(nn.BatchNorm2d):
+class BNAddReLU(Unscriptable, nn.BatchNorm2d):
     """``relu(bn(y) + residual)`` as one operation; all [N, num_features, H, W]. ``residual`` may be left away.
 
     An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes.
@@ -43,7 +43,7 @@ class BNAddReLU(nn.BatchNorm2d):
         return functional.bn_add_relu(y, functional.batch_norm_of(self), residual)
 
 
-class Stem(nn.Module):
+class Stem(Unscriptable):
     """``max_pool(relu(bn(conv(x))))``, the first layers of an ImageNet ResNet (He et al. 2015, Table 1).
 
     Children ``conv1`` (7x7, stride 2, padding 3, without bias) and ``bn1``; the pooling is 3x3, stride 2, padding 1.

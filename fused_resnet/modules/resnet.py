@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from .blocks import BasicBlock, Bottleneck
-from .children import is_stem_pool, is_untouched, may_fuse
+from .children import Unscriptable, is_stem_pool, is_untouched, may_fuse
 from .layers import ConvBNReLU
 
 
@@ -20,7 +20,7 @@ class PlainBottleneck(PlainBlock, reference.PlainBottleneck):
     """Fused 1x1, 3x3 and 1x1 layers without a shortcut."""
 
 
-class ResNet(reference.ResNet):
+class ResNet(Unscriptable, reference.ResNet):
     """:class:`fused_resnet.reference.ResNet` with a fused stem; the blocks bring their own fusion."""
 
     def stem(self, x: Tensor) -> Tensor:
