@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -124,6 +124,8 @@ def bn_add_relu(
     check_bn(bn, y.shape[1], y.device, "bn")
     if residual is not None:
         check_residual(residual, tuple(y.shape), y.device)
+        if _widens(residual, y.dtype):
+            return _add(bn_add_relu(y, bn, relu=False, route=route), residual, relu)
     if bn.training:
         check_count(tuple(y.shape))
     request = _request(route)
@@ -206,6 +208,9 @@ def _chain(
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
     if kind != "none" and shortcut != shape:
         raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
+    added = x if kind == "identity" else residual
+    if _widens(added, dtype):
+        return _add(_chain(x, layers, relu=False, memory=memory, route=route), added, relu)
 
     everything = [*layers, *([projection] if projection else [])]
     training = {bn.training for _, bn in everything}
@@ -333,6 +338,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _widens(residual: Tensor | None, dtype: torch.dtype) -> TypeGuard[Tensor]:
+    """Whether the sum of data of ``dtype`` and ``residual`` is wider than the data."""
+    return residual is not None and residual.dtype != dtype and torch.promote_types(dtype, residual.dtype) != dtype
+
+
+def _add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
+    """What the kernels, which write data of one dtype, leave to do for a residual that is wider."""
+    out = out + residual
+    return out.relu() if relu else out
 
 
 def _is_channels_last(t: Tensor) -> bool:
