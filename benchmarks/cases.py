@@ -70,7 +70,7 @@ class ConvCase:
         if self.gram and (self.kind in ("dgrad", "gram") or self.masked):
             return gram_candidates(self.problem, self.kind, target)
         formed = self.formed or (self.gram and self.kind == "wgrad")
-        found = candidates(self.problem, self.kind, target, formed=formed)
+        found = candidates(self.problem, self.kind, target, formed=formed, epilogue="residual" if self.gram else "")
         return [config for config in found if config.form == "rows" or not self.residual]  # boxes take none
 
     @property

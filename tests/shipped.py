@@ -33,7 +33,7 @@ from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
-from fused_resnet.plan.defaults import default_config
+from fused_resnet.plan.defaults import choices, default_config
 from fused_resnet.plan.gram_wgrad import gram_wgrad_config
 from fused_resnet.plan.passes import pass_config, reduce_config, window_config
 from fused_resnet.plan.plans import ChainProblem
@@ -56,11 +56,11 @@ def _parameters(channels: int) -> dict[str, Any]:
 
 
 def configurations(problem: ConvProblem, kind: str, target: Target, formed: bool = False) -> list[GemmConfig]:
-    """The default one, whether the planner takes it or the vendor's, and whatever was measured for this target.
+    """What the cost model chooses from, whether the planner takes it or the vendor's, and what was measured here.
 
     ``formed``: only what was measured of a gradient whose dy was formed before.
     """
-    found = [] if formed else [default_config(problem, kind, target)]
+    found = [] if formed else choices(problem, kind, target)
     measured = tables.TABLES.get(tables.gpu_slug(target.name), {}).get(tables.problem_key(problem), {})
     others = ("dgrad+gram", "dgrad+in+gram", "dgrad+gram2", "wgrad+in+out+gram")  # of kernels of their own
     names = [name for name in measured if name.partition("+")[0] == kind and name not in others]
@@ -180,7 +180,8 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
         for prologue, written in itertools.product((affine, None), (None, bits)):
             epilogue = {"output_affine": stats[2:], "relu": True, "bits": written, **shortcut}
-            conv_fprop(x, w, p, plan.fprop, input_affine=prologue, **epilogue)
+            for config in dict.fromkeys([plan.fprop, *choices(p, "fprop", target, epilogue="residual")]):
+                conv_fprop(x, w, p, config, input_affine=prologue, **epilogue)
     products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
     for store_dz in (True, False):
         gram_wgrad(out, bits, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=store_dz)
@@ -209,7 +210,7 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     affine, of_y, wide = _rows(2, last.Ci), _image(p.N, last.Ci, p.P, p.Q, dtype), _rows(2, p.Co)
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)
-    for config in dict.fromkeys([plan.fprop, default_config(last, "fprop", target)]):
+    for config in dict.fromkeys([plan.fprop, default_config(last, "fprop", target, epilogue="projection")]):
         bits = empty_bits((last.N, last.Co, last.P, last.Q), x.device)
         for prologue, written in itertools.product((affine, None), (None, bits)):
             epilogue = {"output_affine": wide, "projection": joining, "relu": True, "bits": written}

@@ -55,11 +55,12 @@ def _most_width(route: str) -> int:
 def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None = None) -> GramPlan:
     stores_a = _stores_a(last, target, joined=projection is not None)
     fprop = _fprop_name(stores_a, joined=projection is not None)
+    epilogue = "residual" if projection is None else "projection"
     stores_dz = _stores_dz(last, target)
     dgrad = "dgrad+gram" if stores_dz else "dgrad+in+gram"
     return GramPlan(
         gram=_measured(last, "gram", target, _gram_config(last, target)),
-        fprop=_measured(last, fprop, target, default_config(last, "fprop", target)),
+        fprop=_measured(last, fprop, target, default_config(last, "fprop", target, epilogue=epilogue)),
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
         dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),

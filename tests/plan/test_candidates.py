@@ -43,7 +43,7 @@ def test_a_product_that_a_projection_joins_has_some() -> None:
         if layer.role == "conv3":
             found = projection_candidates(layer.problem, H100)
             assert 4 <= len(found) == len(set(found)) <= MOST
-            assert found[0] == default_config(layer.problem, "fprop", H100)
+            assert found[0] == default_config(layer.problem, "fprop", H100, epilogue="projection")
             assert all(supports(layer.problem, "fprop", H100, config)[0] for config in found)
 
 
