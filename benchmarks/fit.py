@@ -58,7 +58,7 @@ class Measured:
 
 
 class Judgement(NamedTuple):
-    """Of a choice: its time over the fastest's, from the shortlist; ``free``: where the model may take any candidate.
+    """Of a choice: its time over the fastest's, from the shortlist; ``free``: where it may take any candidate.
     ``rank``: Spearman's, over all candidates. ``off``: log(model / time)."""
 
     regret: float
