@@ -57,10 +57,7 @@ def machine() -> Machine:
 def bench(benchmark: Any, gpu: Machine, entry: Entry, candidate: str) -> None:
     """Times ``candidate`` of ``entry``. A wrong one fails by name and has no time; one that cannot run is skipped."""
     benchmark.group = entry.group
-    cost = entry.cost(gpu.target)
-    benchmark.extra_info |= {"operation": entry.operation, "shape": entry.name, "test": entry.test, "flops": cost.flops,
-                             "bytes": cost.bytes, "floor_us": cost.floor_us, "eager_bytes": cost.eager_bytes,
-                             **gpu.facts}  # fmt: skip
+    _describe(benchmark, gpu, entry, candidate)
     try:
         if isinstance(entry.subject, (BlockCase, ModelCase)):
             _bench_module(benchmark, gpu, entry.subject, candidate)
@@ -70,6 +67,22 @@ def bench(benchmark: Any, gpu: Machine, entry: Entry, candidate: str) -> None:
         pytest.skip(f"{candidate}: {error}")
     finally:
         gpu.device.release()
+
+
+def _describe(benchmark: Any, gpu: Machine, entry: Entry, candidate: str) -> None:
+    """What every figure of the entry is read beside."""
+    cost = entry.cost(gpu.target)
+    benchmark.extra_info |= {
+        "candidate": candidate,
+        "operation": entry.operation,
+        "shape": entry.name,
+        "test": entry.test,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "floor_us": cost.floor_us,
+        "eager_bytes": cost.eager_bytes,
+        **gpu.facts,
+    }
 
 
 def _refuse(name: str, candidate: str, complaints: Sequence[str]) -> None:
@@ -159,10 +172,8 @@ def bench_memory(benchmark: Any, gpu: Machine, entry: Entry, candidate: str) -> 
     """The peak of one warm step, GiB in place of seconds, the model and its optimizer's state included."""
     case, how = entry.subject, HOW[candidate]
     assert isinstance(case, ModelCase)
-    cost = entry.cost(gpu.target)
     benchmark.group = f"{entry.group}, GiB in place of seconds"
-    benchmark.extra_info |= {"operation": "peak memory", "shape": entry.name, "test": entry.test, "bytes": cost.bytes,
-                             "flops": cost.flops, "floor_us": cost.floor_us, **gpu.facts}  # fmt: skip
+    _describe(benchmark, gpu, entry, candidate)
     running = case.run(how, gpu.device)
     benchmark.extra_info["peak_bytes"] = running.peak_bytes
     benchmark.pedantic(running.call, rounds=3, iterations=1)

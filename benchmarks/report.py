@@ -1,21 +1,15 @@
-"""Markdown tables of a folder of results: ``python -m benchmarks.report benchmarks/records/<folder>``."""
+"""The command behind ``scripts/report``: the README's table, a page and pictures; or the tables of one folder."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import harness
-
-LIMIT = 1.5
-"""A kernel over this many times its floor is named."""
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+from . import figures, harness, page, plots, records
+from .device import ROOT
+from .page import LIMIT, table
 
 
 def environment(results: dict[str, dict[str, Any]]) -> str:
@@ -118,7 +112,7 @@ def report(folder: Path) -> str:
     parts = [environment(results)]
     for stage, (title, head, rows) in SECTIONS.items():
         if stage in results:
-            parts.append(f"### {title}\n\n{table(head, rows(results[stage]))}")
+            parts.append(f"### {title}\n\n{table(head, list(rows(results[stage])))}")
     if "blocks" in results:
         verdicts = results["blocks"]["results"]
         right = sum(bool(r.get("ok")) for r in verdicts.values())
@@ -126,11 +120,48 @@ def report(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    print(report(parser.parse_args(argv).folder), end="")
+def everything(folder: Path, root: Path, *, pictures: bool = True) -> list[Path]:
+    """Writes the README's table, ``docs/measured.md`` and its pictures under ``root``; what changed on disk."""
+    readme, written = root / "README.md", root / "docs" / "measured.md"
+    if pictures:
+        drawn = plots.draw(folder, written.with_suffix(""))
+    else:
+        drawn = {path.stem for path in written.with_suffix("").glob("*.svg")}
+    made = {
+        readme: figures.updated(readme.read_text(), records.steps(folder)),
+        written: page.page(folder, drawn),
+    }
+    changed = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made[path])
+    return changed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="report",
+        description="Makes the README's table, docs/measured.md and its pictures from benchmarks/records/. "
+        "With a folder: prints that record's tables, stage by stage.",
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="one record, or the --out of scripts/gpu_check")
+    parser.add_argument("--records", type=Path, default=records.FOLDER)
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
+    parser.add_argument("--no-pictures", action="store_true", help="tables alone; needs no matplotlib")
+    options = parser.parse_args(argv)
+    if options.folder is not None:
+        print(report(options.folder), end="")
+        return 0
+    try:
+        changed = everything(options.records, options.root, pictures=not options.no_pictures)
+    except ImportError:
+        parser.error("pictures need matplotlib (the extra 'train' has it); --no-pictures makes the tables alone")
+    print("\n".join(f"wrote {path}" for path in changed) or "README.md and docs/measured.md are what the records make")
+    held = figures.unheld((options.root / "README.md").read_text(), options.records)
+    if held:
+        print(f"README.md claims what no record holds: {', '.join(held)}")
+    return 1 if held else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

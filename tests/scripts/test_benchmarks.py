@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, measured, modules, passes, problems, registry, report
+from benchmarks import measured, modules, passes, problems, registry
 from benchmarks.cases import ConvCase
 from benchmarks.device import ROOT, DryDevice
 from benchmarks.projections import projection_cases
@@ -220,27 +220,6 @@ class FakeCudnn:
     def execute(self, pack: dict[FakeTensor, torch.Tensor], workspace: torch.Tensor, *, handle: int) -> None:
         for node in self.outputs:
             pack[node].copy_(node.of({key: t for key, t in pack.items() if key not in self.outputs}))
-
-
-def test_a_report_of_what_was_measured(tmp_path: Path) -> None:
-    timing = {"us": 100.0, "spread": 0.01, "images_per_s": 2560.0, "speedup": 1.5, "peak_bytes": 2**30}
-    verdict = {"ours": {"us": 30.0}, "floor_us": 10.0, "ratio": 3.0, "vendor": {"us": 9.0}, "passes_us": 4.0}
-    harness.write(tmp_path / "step.json", {"facts": {"gpu": "a GPU"}, "results": {
-        "resnet50": {"candidates": {"ours": timing}}, "resnet18": {"error": "it failed"},
-    }})  # fmt: skip
-    harness.write(tmp_path / "kernels.json", {"results": {"good": verdict, "bad": {"checks": {}, "ok": False}}})
-    harness.write(tmp_path / "facts.json", {"results": {}, "ceilings": {"bytes_per_s": 3e12, "flops_per_s": 8e14}})
-    text = report.report(tmp_path)
-    assert "| resnet50 | ours | 2,560 | 1.50 x | 1.0 | 1.0 % |" in text
-    assert "| good | 30 | 10 | 3.00 (!) | 9 + 4 |" in text and "| bad | wrong |" in text
-    assert "3.00 TB/s" in text
-    with pytest.raises(SystemExit, match="no results"):
-        report.report(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("folder", sorted((ROOT / "benchmarks" / "records").glob("*/")), ids=lambda path: path.name)
-def test_every_record_makes_a_report(folder: Path) -> None:
-    assert report.report(folder).startswith("gpu ")
 
 
 def test_the_host_s_run_and_the_gpu_s_skip_with_a_reason(tmp_path: Path) -> None:
