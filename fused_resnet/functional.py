@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from math import prod
 from operator import index
 from typing import Any, TypeGuard
 
@@ -129,7 +130,8 @@ def bn_add_relu(
     if bn.training:
         check_count(tuple(y.shape))
     request = _request(route)
-    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), index(y.numel()), request.route)
+    elements = prod(_size(y, request))
+    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), elements, request.route)
     if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
         _count(bn)
         return _reference_bn_act(y, bn, residual, relu)
@@ -160,7 +162,7 @@ def stem(
     text, planned, reason = planner.chain_plan_text(
         x.device,
         _dtype_name(dtype),
-        _size(x),
+        _size(x, request),
         (_geometry(conv),),
         None,
         "none",
@@ -220,7 +222,7 @@ def _chain(
     text, planned, reason = planner.chain_plan_text(
         x.device,
         _dtype_name(dtype),
-        _size(x),
+        _size(x, request),
         tuple(_geometry(conv) for conv, _ in layers),
         _geometry(projection[0]) if projection else None,
         kind,
@@ -318,8 +320,13 @@ def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _size(x: Tensor) -> tuple[int, int, int, int]:
-    """The shape as plain numbers: plans belong to a size, so a compiler that traces this specialises on it."""
+def _size(x: Tensor, request: RouteRequest) -> tuple[int, int, int, int]:
+    """The shape as plain numbers: plans belong to a size, so a compiler that traces this specialises on it.
+
+    The reference route has no plan, and its sizes stay symbols to such a compiler.
+    """
+    if request.route == "reference":
+        return 0, 0, 0, 0
     n, c, h, w = x.shape
     return index(n), index(c), index(h), index(w)
 

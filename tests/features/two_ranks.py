@@ -1,0 +1,268 @@
+"""What each of two processes does for test_distributed.py: every case in turn, and a report of those that failed.
+
+``python -m tests.features.two_ranks RANK FOLDER``. The process group is gloo's, on the CPU; each rank has a half of its
+own of every batch, and the oracle is the reference family, trained alike or on the batches joined.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_resnet as fr
+from fused_resnet import reference
+
+RANKS = 2
+
+
+def networks(blocks: int = 2) -> list[nn.Module]:
+    """Ours and the reference's, with the same weights on both ranks."""
+    nets = []
+    for family in (fr, reference):
+        torch.manual_seed(0)
+        nets.append(family.ResNet(family.Bottleneck, [1] * blocks, width=4, num_classes=3, small_input=True).double())
+    nets[0].load_state_dict(nets[1].state_dict())
+    return nets
+
+
+def batch(rank: int, step: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def whole(t: Tensor | None) -> Tensor | None:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor | None]:
+    return {name.removeprefix("module."): whole(p.grad) for name, p in net.named_parameters()}
+
+
+def mean_over_ranks(net: nn.Module) -> dict[str, Tensor | None]:
+    """What data parallelism computes, by hand: each rank's own gradients, averaged."""
+    for p in net.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= RANKS
+    return gradients(net)
+
+
+def step(net: nn.Module, x: Tensor) -> None:
+    net(x).square().mean().backward()
+
+
+def close(ours: dict[str, Any], theirs: dict[str, Any], **tolerance: Any) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# ---------------------------------------------------------------- DistributedDataParallel
+
+
+def ddp(rank: int) -> None:
+    """Two steps of SGD, the gradients views of the buckets."""
+    ours, theirs = networks(1)
+    wrapped = DistributedDataParallel(ours, gradient_as_bucket_view=True, static_graph=True)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (wrapped, theirs)]
+    for number in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with fr.record_launches() as launches:
+            step(wrapped, batch(rank, number))
+        assert launches
+        step(theirs, batch(rank, number))
+        close(gradients(wrapped), mean_over_ranks(theirs))
+        for optimizer in optimizers:
+            optimizer.step()
+    close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+
+
+def ddp_accumulation(rank: int) -> None:
+    """Two batches without a reduction between them, and a parameter that nobody uses."""
+    ours, theirs = networks(1)
+    for net in (ours, theirs):
+        net.unused = nn.Parameter(torch.zeros(2).double())
+    wrapped = DistributedDataParallel(ours, find_unused_parameters=True)
+    with wrapped.no_sync():
+        step(wrapped, batch(rank, 0))
+    step(wrapped, batch(rank, 1))
+    for number in range(2):
+        step(theirs, batch(rank, number))
+    del theirs.unused
+    found = gradients(wrapped)
+    assert found.pop("unused") is None or not found.get("unused")
+    close(found, mean_over_ranks(theirs))
+
+
+# ---------------------------------------------------------------- FSDP2
+
+
+def sharded_blocks(rank: int) -> None:
+    """``fully_shard`` per block, and around all: the blocks stay fused, parameters are sharded between steps."""
+    ours, theirs = networks()
+    names = [type(ours.layer1[0]).__name__]
+    for layer in (ours.layer1, ours.layer2):
+        fully_shard(layer[0])
+    fully_shard(ours)
+    assert isinstance(ours.layer1[0], fr.Bottleneck) and type(ours.layer1[0]).__name__ == f"FSDP{names[0]}"
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (ours, theirs)]
+    for number in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with fr.record_launches() as launches:
+            step(ours, batch(rank, number))
+        assert any("dgrad" in launch.kernel for launch in launches)
+        step(theirs, batch(rank, number))
+        close(gradients(ours), mean_over_ranks(theirs))
+        for optimizer in optimizers:
+            optimizer.step()
+    close(
+        {n: whole(p.detach()) for n, p in ours.named_parameters()},
+        {n: p.detach() for n, p in theirs.named_parameters()},
+    )
+    close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def sharded_children(rank: int) -> None:
+    """A block whose convolutions are sharded one by one calls them, since each gathers its own weight."""
+    ours, theirs = (net.layer1[0] for net in networks(1))
+    for conv in (ours.conv1, ours.conv2, ours.conv3):
+        fully_shard(conv)
+    fully_shard(ours)
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    with fr.record_launches() as launches:
+        step(ours, x)
+    assert not launches
+    step(theirs, x)
+    close(gradients(ours), mean_over_ranks(theirs))
+
+
+def sharded_in_float16(rank: int) -> None:
+    """Parameters gathered in float16, statistics in float32, as the policy says."""
+    ours, theirs = (net.layer1[0].float() for net in networks(1))
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+    fully_shard(ours, mp_policy=policy)
+    x = torch.randn(2, 4, 4, 4)
+    with fr.record_launches() as launches:
+        out = ours(x)
+    assert launches and out.dtype == torch.float16
+    out.float().square().mean().backward()
+    assert {p.grad.dtype for p in ours.parameters()} == {torch.float32}
+    step(theirs, x)
+    close(gradients(ours), mean_over_ranks(theirs), rtol=5e-2, atol=5e-3)
+    torch.testing.assert_close(ours.bn1.running_var, theirs.bn1.running_var, rtol=1e-2, atol=1e-2)
+
+
+def resharded(rank: int) -> None:
+    """Two forwards before their backwards, kept gathered and not; and evaluation between."""
+    for reshard in (True, False):
+        ours, theirs = (net.layer1[0] for net in networks(1))
+        fully_shard(ours, reshard_after_forward=reshard)
+        x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+        for block in (ours, theirs):
+            first = block(x).square().mean()
+            with torch.no_grad():
+                block.eval()(x)
+            (first + block.train()(2 * x).square().mean()).backward()
+        close(gradients(ours), mean_over_ranks(theirs))
+
+
+# ---------------------------------------------------------------- SyncBatchNorm
+
+
+class Gathering(nn.SyncBatchNorm):
+    """SyncBatchNorm's mathematics for the CPU, where PyTorch has none: the norm of all ranks' batches together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat(dist_nn.all_gather(x.contiguous()))
+        self.num_batches_tracked.add_(1)
+        assert self.momentum is not None
+        moving = (self.running_mean, self.running_var)
+        out = nn.functional.batch_norm(joined, *moving, self.weight, self.bias, True, self.momentum, self.eps)
+        return out.chunk(RANKS)[dist.get_rank()].clone()
+
+
+def synchronised_norms(rank: int) -> None:
+    """After ``convert_sync_batchnorm`` a block calls its children; the oracle is BatchNorm on the joined batch."""
+    ours, theirs = (net.layer1[0] for net in networks(1))
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    assert type(ours) is fr.Bottleneck and type(ours.bn1) is nn.SyncBatchNorm
+    try:
+        ours(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+        raise AssertionError("PyTorch's own refuses the CPU, and so must a block that calls it")
+    except ValueError as error:
+        assert "SyncBatchNorm expected input tensor to be on" in str(error)
+    for module in ours.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = Gathering
+            module.reset_running_stats()
+    halves = [
+        torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)
+    ]
+    with fr.record_launches() as launches:
+        out = ours(halves[rank])
+        (RANKS * out.square().sum()).backward()  # the reduction takes the mean over ranks
+    assert not launches
+    joined = theirs(torch.cat(halves))
+    joined.square().sum().backward()
+    torch.testing.assert_close(out, joined.chunk(RANKS)[rank])
+    close(mean_over_ranks(ours), gradients(theirs))
+    close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def norms_without_synchronisation(rank: int) -> None:
+    """Plain BatchNorm under data parallelism normalises each rank's own batch; rank 0's statistics are everybody's."""
+    ours, theirs = networks(1)
+    wrapped, plain = DistributedDataParallel(ours), DistributedDataParallel(copy.deepcopy(theirs))
+    for number in range(2):
+        torch.testing.assert_close(wrapped(batch(rank, number)), plain(batch(rank, number)))
+    close(dict(ours.named_buffers()), dict(plain.module.named_buffers()))
+
+
+CASES: dict[str, Callable[[int], None]] = {
+    case.__name__: case
+    for case in (
+        ddp,
+        ddp_accumulation,
+        sharded_blocks,
+        sharded_children,
+        sharded_in_float16,
+        resharded,
+        synchronised_norms,
+        norms_without_synchronisation,
+    )
+}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    failures = {}
+    for name, case in CASES.items():
+        try:
+            torch.manual_seed(rank)
+            case(rank)
+        except Exception:
+            failures[name] = traceback.format_exc()
+        report = {"done": list(CASES)[: list(CASES).index(name) + 1], "failures": failures}
+        (folder / f"rank{rank}.json").write_text(json.dumps(report))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
