@@ -28,8 +28,7 @@ from .modules.resnet import (
 )
 from .plan.route import RouteUnavailableError, use_route
 from .plan.target import Target
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BNAddReLU",

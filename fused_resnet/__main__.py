@@ -8,16 +8,25 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import triton
 
 from . import __version__
-from .plan import route, target
+from .plan import route, store, tables, target
 
 PACKAGES = ("torchvision", "timm", "numpy", "nvidia-cudnn-frontend")
-VARIABLES = ("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "PYTORCH_", "TORCH", "TRITON_")
+VARIABLES = (
+    store.VARIABLE,
+    "XDG_CACHE_HOME",
+    "CUDA_",
+    "CUBLAS_",
+    "CUDNN_",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_",
+    "TORCH",
+    "TRITON_",
+)
 
 
 def environment() -> str:
@@ -42,8 +51,12 @@ def _facts() -> Iterator[tuple[str, str]]:
     )
     yield "triton cache", str(triton.knobs.cache.dir)
     yield "inductor cache", os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's default")
-    tables = sorted(path.stem for path in (Path(__file__).parent / "plan" / "tuned").glob("*.json"))
-    yield "tuned for", ", ".join(tables) or "no GPU yet"
+    yield "tuned for", ", ".join(sorted(tables.TABLES)) or "no GPU yet"
+    found, complaints = store.read()
+    counts = [f"{table.identity.gpu}, {len(table.entries)} layers, {len(table.routes)} blocks" for table in found]
+    yield "measured here", f"{'; '.join(counts) or 'nothing'} (in {store.folder()})"
+    for complaint in complaints:
+        yield "  passed over", complaint
     chosen = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(VARIABLES))
     yield "variables", " ".join(chosen) or "none of interest"
 

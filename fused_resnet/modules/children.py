@@ -9,11 +9,20 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn.modules import module as every_module
 
+from ..plan import store
+
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Unscriptable(nn.Module):
-    """A module that TorchScript cannot compile, and that says so itself rather than by whatever it stumbles over."""
+    """A module that TorchScript cannot compile, and that says so itself rather than by whatever it stumbles over.
+
+    Making one, copies and unpickled ones too, reads what was measured on this machine: later something may trace.
+    """
+
+    def __new__(cls, *_arguments: Any, **_keywords: Any) -> Any:
+        store.load()
+        return super().__new__(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:  # asked by torch.jit.script, of every module below as well
         raise RuntimeError(

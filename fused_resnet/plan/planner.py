@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from . import tables
+from . import store, tables
 from .config import supports
 from .defaults import default_config
 from .gram_plan import gram_plan, why_not_gram, why_not_gram_projection
 from .plans import ChainProblem, Choice, ConvPlan, Plan
 from .problem import ConvProblem
+from .route import ROUTES
 from .single import single_config, why_not_single
 from .target import Target, current, why_not
 
@@ -22,7 +23,12 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
     reason = "asked for" if route == "reference" else _why_not(problem, target)
     if reason:
         return Plan("reference", reason)
-    taken, reason = _route(problem, route)
+    if route == "auto":
+        route, reason = _measured_route(problem, target) or (route, "")
+        if route == "reference":
+            return Plan("reference", reason)
+    taken, why = _route(problem, route)
+    reason = reason or why
     gram = None
     if taken == "gram":
         projection = problem.projection
@@ -42,6 +48,16 @@ def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Pl
         sm_count=target.sm_count,
         interpreter=target.interpreter,
     )
+
+
+def _measured_route(problem: ChainProblem, target: Target) -> tuple[str, str] | None:
+    """The route that was measured to be the fastest of those that the chain can take, and why. None if none was."""
+    measured = None if target.interpreter else tables.routes_of(problem, target)
+    if measured is None:
+        return None
+    refused = [route for route, why in (("single", why_not_single), ("gram", why_not_gram)) if why(problem, route)]
+    times = {route: us for route, us in measured.us.items() if route in ROUTES[1:] and route not in refused}
+    return (min(times, key=lambda route: times[route]), measured.reason) if times else None
 
 
 def _route(problem: ChainProblem, asked: str) -> tuple[str, str]:
@@ -99,6 +115,8 @@ def chain_plan_text(
     found = current(device)
     if found is None:
         return "", "reference", why_not(device) or "no target"
+    if not found.interpreter:
+        store.load()
     problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute, keep)
     return _chain_text(found, route, *problem)
 
@@ -219,3 +237,6 @@ def _pass_name(problem: ConvProblem, kind: str, first: bool, formed: bool = Fals
         return tables.pass_name(kind, prologue=problem.is_pointwise and not first, epilogue=True)
     on_load = problem.is_pointwise and not (formed and (first or kind == "dgrad"))
     return tables.pass_name(kind, prologue=on_load, epilogue=kind == "dgrad" and not first, formed=formed)
+
+
+tables.stale += [plan_conv.cache_clear, _chain_text.cache_clear]

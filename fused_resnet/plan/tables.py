@@ -1,26 +1,29 @@
-"""Measured choices: what ``scripts/tune`` found on a GPU, read once, when this module is imported.
+"""Measured choices: what ``scripts/tune`` found on a GPU, and before that what was measured on this very machine.
 
 A table is ``plan/tuned/<gpu>.json``::
 
     {"version": 1, "gpu": "NVIDIA H100 ...", "facts": {...},
      "entries": {problem_key(problem): {pass_name(...): {"config": {...} | null, "us": ..., "vendor_us": ...,
-                                                         "passes_us": ..., "floor_us": ..., "source": "..."}}}}
+                                                         "passes_us": ..., "floor_us": ..., "source": "..."}}},
+     "routes": {chain_key(problem): {"us": {"gram": ..., "staged": ..., "reference": ...}, "source": "..."}}}
 
-Reading happens at import because a file read inside a traced function would break the graph. Nothing here changes
-after that.
+The shipped ones are read when this module is imported: a file read inside a traced function would break the graph.
+Those of this machine come from ``store`` by way of its ``load``, which modules call as they are made.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from .config import GemmConfig
+from .plans import ChainProblem
 from .problem import ConvProblem
+from .target import Target
 
 VERSION: Final = 1
 PASSES: Final = ("fprop", "dgrad", "wgrad")
@@ -73,15 +76,46 @@ class Entry:
 Table = Mapping[str, Mapping[str, Entry]]
 
 
+@dataclass(frozen=True)
+class RouteTimes:
+    """What a whole chain took by each route that it can take, in microseconds, with its backward pass if it has one."""
+
+    us: Mapping[str, float]
+    source: str
+
+    @property
+    def reason(self) -> str:
+        """The measurement in words, the fastest first."""
+        times = ", ".join(f"{route} {us:.0f} us" for route, us in sorted(self.us.items(), key=lambda item: item[1]))
+        return f"measured: {times} ({self.source})"
+
+
+Routes = Mapping[str, RouteTimes]
+
+
 def problem_key(problem: ConvProblem) -> str:
     """The name of a problem in a table. bfloat16 and float16 share one: they move the same bytes at the same rate."""
-    dtype = "16bit" if problem.dtype in ("bfloat16", "float16") else problem.dtype
-    return f"N{problem.N}-{_shape_key(problem)}-{dtype}"
+    return f"N{problem.N}-{_shape_key(problem)}-{_dtype_key(problem)}"
+
+
+def _dtype_key(problem: ConvProblem) -> str:
+    return "16bit" if problem.dtype in ("bfloat16", "float16") else problem.dtype
 
 
 def _shape_key(p: ConvProblem) -> str:
     geometry = "".join(f"-{name}{a}x{b}" for name, (a, b) in (("s", p.stride), ("p", p.padding), ("d", p.dilation)))
     return f"H{p.H}-W{p.W}-Ci{p.Ci}-Co{p.Co}-R{p.R}-S{p.S}{geometry}-g{p.groups}"
+
+
+def chain_key(problem: ChainProblem) -> str:
+    """The name of a chain in a table's routes."""
+    p, first = problem, problem.convs[0]
+    convs = "/".join(_shape_key(conv) for conv in p.convs)
+    flags = {"relu": p.relu, "batch": p.batch_statistics, "backward": p.backward}
+    said = [name for name, is_so in flags.items() if is_so]
+    said += [f"{word}-{name}" for word, names in (("again", p.recompute), ("keep", p.keep)) for name in names]
+    shortcut = p.residual + (f":{_shape_key(p.projection)}" if p.projection else "")
+    return f"N{first.N}-{convs}-{shortcut}-{_dtype_key(first)}-{'+'.join(said)}"
 
 
 def pass_name(
@@ -129,21 +163,74 @@ def parse(document: Mapping[str, Any]) -> Table:
     }
 
 
-def _load(folder: Path) -> Mapping[str, Table]:
-    return {path.stem: parse(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
+def parse_routes(document: Mapping[str, Any]) -> Routes:
+    """The same of its routes."""
+    if document.get("version") != VERSION:
+        return {}
+    return {
+        key: RouteTimes({str(route): float(us) for route, us in raw["us"].items()}, raw.get("source", ""))
+        for key, raw in document.get("routes", {}).items()
+    }
 
 
-TABLES: Final[Mapping[str, Table]] = _load(Path(__file__).parent / "tuned")
+def _shipped(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def lookup(problem: ConvProblem, pass_: str, target: Any, tables: Mapping[str, Table] | None = None) -> Entry | None:
+_documents = _shipped(Path(__file__).parent / "tuned")
+TABLES: Final[Mapping[str, Table]] = {gpu: parse(document) for gpu, document in _documents.items()}
+ROUTES: Final[Mapping[str, Routes]] = {gpu: parse_routes(document) for gpu, document in _documents.items()}
+
+_here: dict[tuple[str, int], tuple[Table, Routes]] = {}
+"""Of this machine, by a GPU's name and compute capability: on top of what ships. Filled by :func:`install` alone."""
+stale: list[Callable[[], None]] = []
+"""What forgets plans that were made before a table came. The planner adds its own."""
+
+
+def install(gpu: str, capability: int, document: Mapping[str, Any]) -> None:
+    """From here on what ``document`` holds goes before the shipped table of ``gpu``, pass by pass."""
+    merged = dict(TABLES.get(gpu_slug(gpu), {}))
+    for key, passes in parse(document).items():
+        merged[key] = {**merged.get(key, {}), **passes}
+    routes = {**ROUTES.get(gpu_slug(gpu), {}), **parse_routes(document)}
+    _here[gpu, capability] = merged, routes
+    for forget in stale:
+        forget()
+
+
+def uninstall() -> None:
+    """Forgets every installed table: the shipped ones remain."""
+    _here.clear()
+    for forget in stale:
+        forget()
+
+
+def routes_of(problem: ChainProblem, target: Target) -> RouteTimes | None:
+    """What was measured of a chain by route, of this very size."""
+    _, routes = _tables_of(target)
+    return routes.get(chain_key(problem))
+
+
+def _tables_of(target: Target | str) -> tuple[Table, Routes]:
+    if not isinstance(target, str) and (target.name, target.sm) in _here:
+        return _here[target.name, target.sm]
+    slug = gpu_slug(target if isinstance(target, str) else target.name)
+    return TABLES.get(slug, {}), ROUTES.get(slug, {})
+
+
+def lookup(
+    problem: ConvProblem, pass_: str, target: Target | str, tables: Mapping[str, Table] | None = None
+) -> Entry | None:
     """What was measured for ``pass_`` (of :func:`pass_name`) of ``problem`` on ``target`` (a Target or a name).
 
     The nearest thing measured counts where the very thing was not: another batch of the same layer within a factor
     of four, then another variant of the same pass, one with the same prologue first (but nothing stands in for a pass
     of the route "gram" or one from a formed dy, nor such a one for another). ``None`` where there is neither.
     """
-    table = (TABLES if tables is None else tables).get(gpu_slug(target if isinstance(target, str) else target.name))
+    if tables is None:
+        table = _tables_of(target)[0]
+    else:
+        table = tables.get(gpu_slug(target if isinstance(target, str) else target.name), {})
     if not table:
         return None
     key = problem_key(problem)
