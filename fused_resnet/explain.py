@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .explanation import Explanation, Row, Step
+from .launch.record import Launch
 from .plan.cost import Cost, Work, floor_seconds, optimizer_cost
 from .plan.route import requested, use_route
 from .plan.target import Assumption, Target, assume, current, preset, why_not
+from .projection import Projection, cost_us, launch_us, projected
 from .rehearsal import AUTOCAST, LOSS, Share, rehearse
 
 DTYPES = (*AUTOCAST, torch.float32, torch.float64)
 GLUE = "around the fused operations"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One operation, or the vendor's part of one. FLOPs and bytes are of a whole step, ``floor_us`` its least time.
-
-    ``source``: "fused" (our kernels), "vendor" (the vendor's convolutions, called by our operators) or "eager".
-    ``floor_us`` is None where the target is no GPU.
-    """
-
-    name: str
-    kind: str
-    source: str
-    route: str
-    reason: str
-    launches: int
-    flops: int
-    bytes: int
-    saved_bytes: int
-    floor_us: float | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """The rows of one step and their sums."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def flops(self) -> int:
-        return sum(row.flops for row in self.rows)
-
-    @property
-    def bytes(self) -> int:
-        return sum(row.bytes for row in self.rows)
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes kept from forward for backward, parameters and the input apart."""
-        return sum(row.saved_bytes for row in self.rows)
-
-    @property
-    def launches(self) -> int:
-        return sum(row.launches for row in self.rows)
-
-    @property
-    def floor_us(self) -> float | None:
-        """The sum of the rows' least times in microseconds; None where the target is no GPU."""
-        floors = [row.floor_us for row in self.rows if row.floor_us is not None]
-        return sum(floors) if len(floors) == len(self.rows) else None
-
-    def totals(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("flops", "bytes", "saved_bytes", "launches", "floor_us")}
-
-
-@dataclass(frozen=True)
-class Explanation(Step):
-    """What :func:`explain` found: ``rows``, their totals as attributes, and ``eager``, the same for eager PyTorch.
-
-    Nothing in it was measured: FLOPs and bytes are counted, ``floor_us`` is a bound from the target's sustained rates.
-    """
-
-    eager: Step
-    target: Target | None
-    dtype: str
-    batch: int
-    training: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
-        return {
-            "target": self.target.name if self.target else None,
-            "dtype": self.dtype,
-            "batch": self.batch,
-            "training": self.training,
-            "totals": self.totals(),
-            "rows": [asdict(row) for row in self.rows],
-            "eager": {"totals": self.eager.totals(), "rows": [asdict(row) for row in self.eager.rows]},
-        }
-
-    def __str__(self) -> str:
-        return _table(self)
 
 
 def explain(
@@ -129,14 +49,16 @@ def explain(
         with use_route("reference"):
             plain = rehearse(model, inputs, dtype, training)
         shares = plain if why_plain else rehearse(model, inputs, dtype, training)
-    rates = assumed.target if assumed.target and not assumed.target.interpreter else None
-    step = _optimizer_rows(model, optimizer if training else None, rates)
+    target = assumed.target if assumed.target and not assumed.target.interpreter else None
+    clock = Clock(target, projects=dtype in AUTOCAST)
+    step = _optimizer_rows(model, optimizer if training else None, clock)
+    batch = int(inputs[0].shape[0])
     return Explanation(
-        rows=(*_rows(model, shares, why_plain, rates), *step),
-        eager=Step((*_eager_rows(model, plain, rates), *step)),
+        rows=(*_rows(model, shares, why_plain, clock), *step),
+        batch=batch,
+        eager=Step((*_eager_rows(model, plain, clock), *step), batch),
         target=assumed.target,
         dtype=name,
-        batch=int(inputs[0].shape[0]),
         training=training,
     )
 
@@ -190,45 +112,71 @@ def assumption_of(model: nn.Module, target: str | Target | None) -> Assumption:
 # ---------------------------------------------------------------- rows
 
 
-def _floor_us(work: Iterable[Work], rates: Target | None) -> float | None:
-    return None if rates is None else 1e6 * floor_seconds(work, rates)
+class Clock(NamedTuple):
+    """What times are told by: the target's rates (None: no GPU), and whether kernels of this dtype were recorded."""
+
+    target: Target | None
+    projects: bool
+
+    def floor_us(self, work: Iterable[Work]) -> float | None:
+        return None if self.target is None else 1e6 * floor_seconds(work, self.target)
+
+    def projected_us(self, work: Iterable[Cost | Launch]) -> Projection | None:
+        if self.target is None or not self.projects:
+            return None
+        times = (
+            launch_us(item, self.target) if isinstance(item, Launch) else cost_us(item, self.target) for item in work
+        )
+        return projected(times, self.target)
 
 
 def _eager_row(
-    name: str, kind: str, route: str, reason: str, costs: Sequence[Cost], saved_bytes: int, rates: Target | None
+    name: str, kind: str, route: str, reason: str, costs: Sequence[Cost], saved_bytes: int, clock: Clock
 ) -> Row:
     launches, flops, moved = (sum(getattr(cost, what) for cost in costs) for what in ("launches", "flops", "bytes"))
-    return Row(name, kind, "eager", route, reason, launches, flops, moved, saved_bytes, _floor_us(costs, rates))
+    return Row(
+        name,
+        kind,
+        "eager",
+        route,
+        reason,
+        launches,
+        flops,
+        moved,
+        saved_bytes,
+        clock.floor_us(costs),
+        clock.projected_us(costs),
+    )
 
 
-def _eager_rows(model: nn.Module, shares: dict[str, Share], rates: Target | None) -> Iterable[Row]:
+def _eager_rows(model: nn.Module, shares: dict[str, Share], clock: Clock) -> Iterable[Row]:
     for owner, share in shares.items():
-        yield _eager_row(_name(owner), _kind(model, owner), "", "", share.costs, share.saved_bytes, rates)
+        yield _eager_row(_name(owner), _kind(model, owner), "", "", share.costs, share.saved_bytes, clock)
 
 
-def _optimizer_rows(model: nn.Module, optimizer: str | None, rates: Target | None) -> list[Row]:
+def _optimizer_rows(model: nn.Module, optimizer: str | None, clock: Clock) -> list[Row]:
     cost = optimizer_cost(model.parameters(), optimizer)
     if not cost.launches:
         return []
-    return [_eager_row("optimizer", str(optimizer), "", "one fused step", [cost], 0, rates)]
+    return [_eager_row("optimizer", str(optimizer), "", "one fused step", [cost], 0, clock)]
 
 
-def _rows(model: nn.Module, shares: dict[str, Share], why_plain: str | None, rates: Target | None) -> Iterable[Row]:
+def _rows(model: nn.Module, shares: dict[str, Share], why_plain: str | None, clock: Clock) -> Iterable[Row]:
     glue: list[Cost] = []
     for owner, share in shares.items():
         if share.launches:
-            yield from _fused_rows(model, owner, share, rates)
+            yield from _fused_rows(model, owner, share, clock)
             glue += share.costs
         else:
             ours = _is_ours(model, owner)
             reason = (why_plain or "its layers run one by one") if ours else ""
             route = "reference" if ours else ""
-            yield _eager_row(_name(owner), _kind(model, owner), route, reason, share.costs, share.saved_bytes, rates)
+            yield _eager_row(_name(owner), _kind(model, owner), route, reason, share.costs, share.saved_bytes, clock)
     if glue:
-        yield _eager_row(GLUE, "", "", "casts, counters, sums of gradients", glue, 0, rates)
+        yield _eager_row(GLUE, "", "", "casts, counters, sums of gradients", glue, 0, clock)
 
 
-def _fused_rows(model: nn.Module, owner: str, share: Share, rates: Target | None) -> Iterable[Row]:
+def _fused_rows(model: nn.Module, owner: str, share: Share, clock: Clock) -> Iterable[Row]:
     """Our kernels' row, and the vendor's if our operators called it."""
     plans = [plan for plan in share.plans if plan is not None]
     choices = [
@@ -254,7 +202,8 @@ def _fused_rows(model: nn.Module, owner: str, share: Share, rates: Target | None
                 sum(launch.flops for launch in launches),
                 sum(launch.bytes for launch in launches),
                 share.saved_bytes if source == "fused" else 0,
-                _floor_us(launches, rates),
+                clock.floor_us(launches),
+                clock.projected_us(launches),
             )
 
 
@@ -278,63 +227,3 @@ def _is_ours(model: nn.Module, owner: str) -> bool:
         return False
     module = model.get_submodule(owner)
     return ours(module) and not any(ours(below) for below in module.modules() if below is not module)
-
-
-# ---------------------------------------------------------------- the table
-
-
-HEADINGS = ("operation", "kind", "source", "launches", "GFLOP", "MB", "saved MB", "floor us", "route", "why")
-
-
-def _table(explanation: Explanation) -> str:
-    reasons = list(dict.fromkeys(row.reason for row in explanation.rows if row.reason))
-    lines: list[tuple[str, ...]] = [HEADINGS]
-    for row in explanation.rows:
-        why = f"[{reasons.index(row.reason) + 1}]" if row.reason else ""
-        lines.append((row.name, row.kind, row.source, *_figures(row), row.route, why))
-    lines.append(("total", "", "", *_figures(explanation), "", ""))
-    lines.append(("eager PyTorch", "", "", *_figures(explanation.eager), "", ""))
-
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    ruler = "  ".join("-" * width for width in widths)
-    printed = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-    where = explanation.target.name if explanation.target else "no GPU"
-    step = "training step" if explanation.training else "forward"
-    return "\n".join(
-        [
-            f"{step} of batch {explanation.batch} in {explanation.dtype} on {where}; counted, not measured",
-            "",
-            printed[0],
-            ruler,
-            *printed[1:-2],
-            ruler,
-            *printed[-2:],
-            "",
-            *(f"[{i + 1}] {reason}" for i, reason in enumerate(reasons)),
-            _per_image("this plan", explanation, explanation.batch),
-            _per_image("eager PyTorch", explanation.eager, explanation.batch),
-        ]
-    )
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
-    """Figures to the right, words to the left."""
-    for heading, cell, width in zip(HEADINGS, line, widths):
-        yield cell.ljust(width) if heading in ("operation", "kind", "source", "route", "why") else cell.rjust(width)
-
-
-def _per_image(label: str, step: Step, batch: int) -> str:
-    images = max(batch, 1)
-    text = f"{label}: {step.bytes / images / 1e6:.1f} MB and {step.flops / images / 1e9:.2f} GFLOP per image"
-    return text + (f"; projected: at most {1e6 * images / step.floor_us:,.0f} images/s" if step.floor_us else "")
-
-
-def _figures(item: Row | Step) -> tuple[str, ...]:
-    floor = "-" if item.floor_us is None else f"{item.floor_us:,.1f}"
-    return (
-        str(item.launches),
-        f"{item.flops / 1e9:,.2f}",
-        f"{item.bytes / 1e6:,.1f}",
-        f"{item.saved_bytes / 1e6:,.1f}",
-        floor,
-    )

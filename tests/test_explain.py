@@ -221,7 +221,7 @@ class TestTheReport:
 
     def test_without_rates_no_floor_is_claimed(self):
         explanation = explain(nn.Conv2d(16, 8, 1), BATCH, dtype=torch.float32, target=INTERPRETER)
-        assert explanation.floor_us is None and "projected" not in str(explanation)
+        assert explanation.floor_us is None and "projected:" not in str(explanation)
 
 
 @pytest.mark.quick

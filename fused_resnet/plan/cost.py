@@ -27,11 +27,12 @@ class Work(Protocol):
 
 
 class Cost(NamedTuple):
-    """FLOPs, bytes and kernels of one operator."""
+    """FLOPs, bytes and kernels of one operator; ``name`` is what it goes by where it has a rate of its own."""
 
     flops: int
     bytes: int
     launches: int = 1
+    name: str = ""
 
 
 OPTIMIZER_PASSES = {"sgd": 5, "adam": 7, "adamw": 7}
@@ -74,6 +75,7 @@ def eager_costs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     if name == "convolution":
         moved = _sampled_bytes(args[0], args[1], args[3]) + _bytes(inputs[1:]) + _bytes(outputs)
+        name = _conv_name("fprop", args[1])
     elif name in _BN_FORWARD:
         moved = _bytes(inputs) + _bytes(outputs) + (_bytes(inputs[:1]) if _trains(args) else 0)
     elif name in _BN_BACKWARD:
@@ -82,7 +84,7 @@ def eager_costs(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
         moved = _bytes(inputs[1:]) + _bytes(outputs)
     else:
         moved = _bytes(inputs) + _bytes(outputs)
-    return [Cost(flops, moved)]
+    return [Cost(flops, moved, name=name)]
 
 
 def _convolution_backward(func: Any, args: Sequence[Any], out: Any) -> list[Cost]:
@@ -95,8 +97,14 @@ def _convolution_backward(func: Any, args: Sequence[Any], out: Any) -> list[Cost
         if mask[i]:
             alone = [j == i for j in range(3)]
             flops = flop_registry[func._overloadpacket](*args[:-1], alone, out_val=out) if i < 2 else 0
-            costs.append(Cost(int(flops), _bytes(moved[i]) + extra[i]))
+            name = "bias" if i == 2 else _conv_name(("dgrad", "wgrad")[i], weight)
+            costs.append(Cost(int(flops), _bytes(moved[i]) + extra[i], name=name))
     return costs
+
+
+def _conv_name(kind: str, weight: torch.Tensor) -> str:
+    """A convolution over few channels (a stem's) is another kernel of the vendor's, and far from its floor."""
+    return f"vendor_{'narrow_' if weight.shape[1] < 8 else ''}conv_{kind}"
 
 
 def _sampled_bytes(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int]) -> int:

@@ -64,8 +64,15 @@ def test_convolution():
     (forward,), backward = costs_of(lambda x, w: torch.conv2d(x, w, padding=1), x, w)
     flops = 2 * (2 * 6 * 6) * 16 * 8 * 9
     x_bytes, w_bytes, y_bytes = (2 * t for t in (x.numel(), w.numel(), 2 * 16 * 6 * 6))
-    assert forward == Cost(flops, x_bytes + w_bytes + y_bytes)
-    assert backward == [Cost(flops, y_bytes + w_bytes + x_bytes)] * 2  # dgrad and wgrad
+    moved = x_bytes + w_bytes + y_bytes
+    assert forward == Cost(flops, moved, name="vendor_conv_fprop")
+    assert backward == [Cost(flops, moved, name=f"vendor_conv_{kind}") for kind in ("dgrad", "wgrad")]
+
+
+def test_a_convolution_over_few_channels_goes_by_another_name():
+    x, w = images(2, 3, 6, 6, grad=False), images(16, 3, 3, 3)
+    (forward,), (wgrad,) = costs_of(lambda x, w: torch.conv2d(x, w, padding=1), x, w)
+    assert (forward.name, wgrad.name) == ("vendor_narrow_conv_fprop", "vendor_narrow_conv_wgrad")
 
 
 def test_only_the_asked_gradient_of_a_convolution_is_counted():
@@ -135,4 +142,4 @@ def test_an_expanded_tensor_is_read_where_it_is():
 def test_a_matrix_product_has_flops():
     with Counting() as counted:
         images(8, 16, grad=False) @ images(16, 4, grad=False)
-    assert counted.seen[0][1] == Cost(2 * 8 * 16 * 4, 2 * (8 * 16 + 16 * 4 + 8 * 4))
+    assert counted.seen[0][1] == Cost(2 * 8 * 16 * 4, 2 * (8 * 16 + 16 * 4 + 8 * 4), name="mm")
