@@ -92,6 +92,17 @@ def far(ratio: float) -> Make:
     return block
 
 
+def far_input(ratio: float) -> Make:
+    """The same of the block's own input, which a projection reads."""
+
+    def block(dtype: torch.dtype, make: Make = projected_block) -> Block:
+        block = make(dtype)
+        block.x += ratio * block.x.float().std().to(dtype)
+        return block
+
+    return block
+
+
 def odd_gammas(dtype: torch.dtype, make: Make = identity_block) -> Block:
     """0, negative, tiny: of the last BatchNorm, and of those before it."""
     block = make(dtype)

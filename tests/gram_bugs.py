@@ -20,10 +20,10 @@ BUGS = [
     Bug(
         "sums of the unrounded input",
         "autograd.gram",
-        "    kept = _statistics(layer, problem.M, *products)\n",
+        "    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)\n",
         "    pre = y.to(y_stats.dtype) * y_stats[2][:, None, None] + y_stats[3][:, None, None]\n"
         "    products[1] = pre.relu().sum((0, 2, 3))\n"
-        "    kept = _statistics(layer, problem.M, *products)\n",
+        "    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)\n",
         ("far from zero, float16",),
     ),
     Bug(
@@ -32,6 +32,21 @@ BUGS = [
         "spread = tl.fma(-c_i[:, None], m_j[None, :], g)",
         "spread = g",
         ("odd sizes, float16",),
+    ),
+    Bug("no pivot", GRAM, "    return pivot\n", "    return pivot * 0\n", ("far from zero, float64",)),
+    Bug(
+        "the Gram matrix of float32 data in float32",
+        "launch.gram",
+        "partial = torch.empty((split, elements), dtype=dtype,",
+        "partial = torch.empty((split, elements), dtype=accumulation_dtype(x.dtype),",
+        ("filters orthogonal to the data, float32",),
+    ),
+    Bug(
+        "wide data as narrow: means that cancel in float32 sums",
+        "autograd.gram",
+        "plan.gram.centres",
+        "False",
+        ("a pooled gradient, float32",),
     ),
     Bug("one long accumulation", GRAM, "if step % FLUSH == FLUSH - 1:", "if step < 0:", ("truncated sums",)),
     Bug(

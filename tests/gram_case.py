@@ -79,8 +79,12 @@ def input_gradient(case, grads):
 
 
 def reference(case):
-    """(da [M, p], dW [q, p], dgamma, dbeta) by autograd in float64, from the same rounded operands."""
-    a = matrix(case.a).requires_grad_()
+    """(da [M, p], dW [q, p], dgamma, dbeta) by autograd in float64, from the same rounded operands.
+
+    Of the input minus its mean, which changes no gradient and costs the reference no digits.
+    """
+    a = matrix(case.a)
+    a = (a - a.mean(0)).requires_grad_()
     weight = case.weight.double().flatten(1).requires_grad_()
     gamma, beta = (t.double().requires_grad_() for t in (case.gamma, case.beta))
     z = torch.nn.functional.batch_norm(a @ weight.T, None, None, gamma, beta, training=True, eps=EPS)

@@ -171,9 +171,11 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         return
     x, w, out = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
     row, counter, affine = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta"), _rows(2, p.Ci)
-    g, c, _ = gram.gram(x, affine, plan.gram)
-    gram.gram(x, affine, plan.gram, store_a=True)
+    pivot = row[: p.Ci] if plan.centres else None
+    g, c, _ = gram.gram(x, affine, plan.gram, pivot=pivot)
+    gram.gram(x, affine, plan.gram, store_a=True, pivot=pivot)
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
+    parameters |= {"pivot": pivot, "input_affine": affine}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
     bits = empty_bits(out.shape, out.device)
@@ -182,13 +184,17 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
             epilogue = {"output_affine": stats[2:], "relu": True, "bits": written, **shortcut}
             for config in dict.fromkeys([plan.fprop, *choices(p, "fprop", target, epilogue="residual")]):
                 conv_fprop(x, w, p, config, input_affine=prologue, **epilogue)
-    products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, out_dtype=stats.dtype)
+    mean = m if plan.centres else None
+    products = conv_wgrad(x, out, p, plan.wgrad, input_affine=affine, input_mean=mean, out_dtype=stats.dtype)
     for store_dz in (True, False):
-        gram_wgrad(out, bits, x, affine, plan.masked_wgrad or gram_wgrad_config(p, target), store_dz=store_dz)
-    small = gram.gram_backward(products, v, m, stats, w, row, p.M, out_dtype=torch.float32)
-    below = _rows(4, p.Ci)
+        masked = plan.masked_wgrad or gram_wgrad_config(p, target)
+        gram_wgrad(out, bits, x, affine, masked, store_dz=store_dz, input_mean=mean)
+    kept = None if plan.centres else m
+    small = gram.gram_backward(products, v, kept, stats, w, row, p.M, out_dtype=torch.float32)
+    below, means = _rows(4, p.Ci), (row, m) if plan.centres else None
     for mask in (None, empty_bits(out.shape, out.device)):
-        gram_dgrad(out, x, small.aw, small.p, small.bias, below, plan.dgrad, scales=small.scales, bits=mask)
+        matrices = small.aw, small.p, small.bias
+        gram_dgrad(out, x, *matrices, below, plan.dgrad, scales=small.scales, bits=mask, means=means)
 
 
 def _weights(p: ConvProblem, dtype: torch.dtype) -> None:
@@ -206,7 +212,10 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     if plan is None or plan.projection is None:
         return
     x, w, dz = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
-    gram.gram(x, None, plan.projection.gram, stride=p.stride)
+    row, mean = _rows(1, p.Co)[0], _rows(1, p.Ci)[0] if plan.centres else None
+    g, c, _ = gram.gram(x, None, plan.projection.gram, stride=p.stride, pivot=mean)
+    none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
+    gram.gram_finalize(g, c, p.M, w, momentum=0.1, eps=1e-5, pivot=mean, **none)
     affine, of_y, wide = _rows(2, last.Ci), _image(p.N, last.Ci, p.P, p.Q, dtype), _rows(2, p.Co)
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)
@@ -215,14 +224,14 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
         for prologue, written in itertools.product((affine, None), (None, bits)):
             epilogue = {"output_affine": wide, "projection": joining, "relu": True, "bits": written}
             conv_fprop(of_y, weight, last, config, input_affine=prologue, **epilogue)
-    conv_wgrad(x, dz, p, plan.projection.wgrad, out_dtype=torch.float32)
+    conv_wgrad(x, dz, p, plan.projection.wgrad, input_mean=mean, out_dtype=torch.float32)
     aw, products = (
         torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),
         torch.empty((1 + (dtype.itemsize == 2), p.Ci, p.Ci), dtype=dtype, device="meta"),
     )
     scales = _rows(1, 2)[0] if dtype == torch.float16 else None
-    bias = _rows(1, p.Ci)[0]
-    gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, scales=scales, stride=p.stride)
+    bias, means = (None, (row, mean)) if plan.centres else (_rows(1, p.Ci)[0], None)
+    gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, scales=scales, stride=p.stride, means=means)
 
 
 def _single(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:

@@ -9,11 +9,12 @@ import torch
 
 from fused_resnet.launch.gram import gram
 from fused_resnet.plan.config import GemmConfig
-from tests import frightening, strict_interpreter
+from tests import frightening, numerics, strict_interpreter
 from tests.conftest import INTERPRETED
 from tests.gram_bugs import BUGS
 from tests.gram_case import matrix, nhwc, relative
 from tests.planted_bugs import Bug, mutated_source, survives
+from tests.whole_block import identity_block, projected_block
 
 pytestmark = [
     pytest.mark.usefixtures("ieee"),
@@ -34,14 +35,25 @@ def truncated() -> None:
         check_truncated_sums()
 
 
-def scenario(make: frightening.Make, dtype: torch.dtype) -> Callable[[], object]:
-    return lambda: make(dtype).check()
+def far_in_float64() -> None:
+    """What eager is a baseline for there: its own sums of gradients are the oracle's."""
+    scores = [score for score in frightening.far(1_000)(torch.float64).scores() if score.name in ("z", "dx")]
+    assert all(score.ok for score in scores), numerics.table(scores)
+
+
+def scenario(
+    make: frightening.Make, dtype: torch.dtype, block: frightening.Make = identity_block
+) -> Callable[[], object]:
+    return lambda: make(dtype, block).check()
 
 
 SCENARIOS: dict[str, Callable[[], object]] = {
     "truncated sums": truncated,
     "a gradient of mean 30, float16": scenario(frightening.mean_30, torch.float16),
     "far from zero, float16": scenario(frightening.far(64), torch.float16),
+    "far from zero, float64": far_in_float64,
+    "a pooled gradient, float32": scenario(frightening.pooled, torch.float32),
+    "filters orthogonal to the data, float32": scenario(frightening.orthogonal, torch.float32, projected_block),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
     "many rows, float16": scenario(frightening.long, torch.float16),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +20,7 @@ from tests.staged_case import image, layer
 BFLOAT16_TOO = Assumption(replace(INTERPRETER, dtypes=INTERPRETER.dtypes | {"bfloat16"}))
 """What the strict interpreter computes; Triton's own has no bfloat16."""
 RUNNING = ("running_mean", "running_var")
+VECTORS = ("dgamma", "dbeta", *RUNNING)
 
 
 @dataclass
@@ -122,6 +126,23 @@ class Block:
         refused = [s.name for s in scores if not s.ok]
         assert not refused, f"refused: {', '.join(refused)}\n{numerics.table(scores)}"
         return scores
+
+
+def check_draws(blocks: Iterable[Block], **options: Any) -> None:
+    """The rule over several draws in float32: of a vector the RMS error over all of them counts.
+
+    The error of twenty sums that nearly cancel differs from draw to draw by a factor of two, eager's and ours.
+    """
+    blocks = list(blocks)
+    assert all(block.x.dtype == torch.float32 for block in blocks)
+    draws = [block.scores(**options) for block in blocks]
+    for scores in zip(*draws, strict=True):
+        error, eager = (math.hypot(*errors) for errors in zip(*((s.error, s.eager_error) for s in scores), strict=True))
+        for score in scores:
+            if score.name.startswith(VECTORS) and error <= 2 * eager:
+                score.failures = [failure for failure in score.failures if not failure.startswith("R:")]
+    refused = [score for score in itertools.chain(*draws) if not score.ok]
+    assert not refused, f"refused:\n{numerics.table(refused)}"
 
 
 def identity_block(

@@ -60,14 +60,16 @@ def forward(
     """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
-    *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a)
-    kept = _statistics(layer, problem.M, *products)
+    pivot, of_pivot = (y_stats[0], y_stats[2:]) if plan.gram.centres else (None, None)
+    *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a, pivot=pivot)
+    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)
     projection, kept_projection = None, None
     if plan.gram.projection is not None:
         assert plan.projection is not None
         projected = plan.projection.problem
-        *products, _ = gram(x, None, plan.gram.projection.gram, stride=projected.stride)
-        kept_projection = _statistics(projection_layer, projected.M, *products)
+        pivot = _pixel(x) if plan.gram.centres else None
+        *products, _ = gram(x, None, plan.gram.projection.gram, stride=projected.stride, pivot=pivot)
+        kept_projection = _statistics(projection_layer, projected.M, *products, pivot=pivot)
         projection = Projection(x, projection_layer.weight, projected, kept_projection.stats[2:])
     out, _ = conv_fprop(
         y if a is None else a,
@@ -85,7 +87,20 @@ def forward(
     return out, kept, kept_projection
 
 
-def _statistics(layer: Layer, rows: int, products: Tensor, sums: Tensor) -> Kept:
+def _pixel(x: Tensor) -> Tensor:
+    """One in the middle: a pivot for an input without statistics."""
+    return x[x.shape[0] // 2, :, x.shape[2] // 2, x.shape[3] // 2]
+
+
+def _statistics(
+    layer: Layer,
+    rows: int,
+    products: Tensor,
+    sums: Tensor,
+    *,
+    pivot: Tensor | None,
+    input_affine: Tensor | None = None,
+) -> Kept:
     return Kept(
         *gram_finalize(
             products,
@@ -99,6 +114,8 @@ def _statistics(layer: Layer, rows: int, products: Tensor, sums: Tensor) -> Kept
             momentum=layer.momentum,
             eps=layer.eps,
             counter=layer.counter,
+            pivot=pivot,
+            input_affine=input_affine,
         )
     )
 
@@ -123,24 +140,34 @@ def backward(
     """
     assert plan.gram is not None
     problem = plan.convs[-1].problem
+    input_mean = kept.input_mean if plan.gram.centres else None
     if reduced is None:
         assert mask is not None and plan.gram.masked_wgrad is not None
         products, sum_dz, written = gram_wgrad(
-            dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=plan.stores_dz
+            dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=plan.stores_dz, input_mean=input_mean
         )
         dz, bits = (dout, mask) if written is None else (written, None)
         sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:
         dz, bits = reduced.dz, None
         _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
-        products = conv_wgrad(y, dz, problem, plan.gram.wgrad, input_affine=y_stats[2:], out_dtype=kept.stats.dtype)
+        products = conv_wgrad(
+            y,
+            dz,
+            problem,
+            plan.gram.wgrad,
+            input_affine=y_stats[2:],
+            input_mean=input_mean,
+            out_dtype=kept.stats.dtype,
+        )
     grads, below = LayerGrad(), None
     if needs.any or wants_dgrad:
-        small = _small(layer, kept, products, sum_dz, problem.M)
+        small = _small(layer, kept, products, sum_dz, problem.M, plan.gram.centres)
         grads = _wanted(small, needs)
         if wants_dgrad:
             matrices, config = (small.aw, small.p, small.bias), plan.gram.dgrad
-            dx, tiles = gram_dgrad(dz, y, *matrices, y_stats, config, scales=small.scales, bits=bits)
+            means = None if input_mean is None else (sum_dz, input_mean)
+            dx, tiles = gram_dgrad(dz, y, *matrices, y_stats, config, scales=small.scales, bits=bits, means=means)
             assert tiles is not None
             below = Reduced(dx, tiles)
     return grads, Behind(dz, sum_dz, bits), below
@@ -152,22 +179,27 @@ def projection_backward(
     """The projection's gradients, and, if wanted, that of the pixels of ``x`` which it samples."""
     assert plan.gram_projection is not None and plan.projection is not None
     configs, problem, dz = plan.gram_projection, plan.projection.problem, behind.dz
-    products = conv_wgrad(x, dz, problem, configs.wgrad, out_dtype=kept.stats.dtype)
+    assert plan.gram is not None
+    input_mean = kept.input_mean if plan.gram.centres else None
+    products = conv_wgrad(x, dz, problem, configs.wgrad, input_mean=input_mean, out_dtype=kept.stats.dtype)
     # A copy, because the sum is the gradient of the other layer's beta as well.
-    small = _small(layer, kept, products, behind.sum_dz.clone(), problem.M)
+    small = _small(layer, kept, products, behind.sum_dz.clone(), problem.M, plan.gram.centres)
     dx = None
     if wants_dgrad:
         matrices = small.aw, small.p, small.bias
-        dx, _ = gram_dgrad(dz, x, *matrices, None, configs.dgrad, scales=small.scales, stride=problem.stride)
+        means = None if input_mean is None else (behind.sum_dz, input_mean)
+        dx, _ = gram_dgrad(
+            dz, x, *matrices, None, configs.dgrad, scales=small.scales, stride=problem.stride, means=means
+        )
     return _wanted(small, needs), dx
 
 
-def _small(layer: Layer, kept: Kept, products: Tensor, sum_dz: Tensor, rows: int) -> GramGrads:
+def _small(layer: Layer, kept: Kept, products: Tensor, sum_dz: Tensor, rows: int, input_is_centred: bool) -> GramGrads:
     """The gradients of a layer's parameters, and the small matrices of its input's."""
     return gram_backward(
         products,
         kept.covariance,
-        kept.input_mean,
+        None if input_is_centred else kept.input_mean,
         kept.stats,
         layer.weight,
         sum_dz,

@@ -12,6 +12,8 @@ Prologues, formed on load and rounded to the operands' dtype before the dot, so 
     dy = A * dz + B * y + C        the gradient of BatchNorm (A * dz alone with frozen statistics)
     a  = relu(x * scale + shift)   the normalised input
 
+Of a 1x1 filter and wide data the input's mean may be subtracted from a: what a mean of dy makes of it never adds up.
+
 reads  x [N, H, W, Ci], dy (or dz) and y [M, Co], affine [2, Ci], coeffs [3, Co]
 writes dw [split, Co, R, S, Ci]
 """
@@ -28,6 +30,7 @@ def conv_wgrad_kernel(
     dy_ptr,
     y_ptr,
     affine_ptr,
+    mean_ptr,
     coeffs_ptr,
     dw_ptr,
     M,
@@ -50,6 +53,7 @@ def conv_wgrad_kernel(
     SAME_GRID: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     HAS_Y: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -111,6 +115,8 @@ def conv_wgrad_kernel(
     if HAS_AFFINE:
         scale = tl.load(affine_ptr + offs_ci, mask=mask_ci, other=0.0)[None, :]
         shift = tl.load(affine_ptr + Ci + offs_ci, mask=mask_ci, other=0.0)[None, :]
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + offs_ci, mask=mask_ci, other=0.0)[None, :]
     if HAS_COEFFS:
         coeff_a = tl.load(coeffs_ptr + offs_co, mask=mask_co, other=0.0)[:, None]
         if HAS_Y:
@@ -154,6 +160,8 @@ def conv_wgrad_kernel(
                 if HAS_PADDING:
                     normalised = tl.where(inside, normalised, 0.0)  # a padded position is zero after the prologue
                 a = normalised.to(x_ptr.dtype.element_ty)
+            if HAS_MEAN:
+                a -= mean
             if t == 0:
                 acc = tl.dot(dy, a, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
             elif t == 1:

@@ -4,6 +4,9 @@ a [M, p] = relu(x * scale + shift), formed on load and rounded to x's dtype; c s
 products see. Batch statistics of y = a Wᵀ follow from G and c before y exists (gram_bn.py). Without the prologue a is
 x itself, or the pixels of it that a strided filter samples: row m = (n*I + i)*J + j is pixel (n, i*stride, j*stride).
 
+With a pivot, a row of p values of x near the mean, k = relu(pivot * scale + shift) is subtracted from every row of a:
+G and c are those of a - k, whose products cancel nothing of the mean's size when gram_bn.py centres them.
+
     gram_kernel           x [M, p] (of [N, H, W, p]) -> partials [split, upper tiles of G, then c]; on request a [M, p]
     gram_reduce_kernel    their sum, in a fixed order, mirrored
 """
@@ -25,14 +28,14 @@ def tile_pair(tile, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_normalised(ptrs, mask_k, mask_n, scale, shift, ACC: tl.constexpr, EVEN_K: tl.constexpr):
+def load_normalised(ptrs, mask_k, mask_n, scale, shift, EVEN_K: tl.constexpr):
     """relu(x * scale + shift), rounded to x's dtype; zero outside the masks. ``scale`` None: x itself."""
     mask = mask_n[None, :]
     if not EVEN_K:
         mask = mask & mask_k[:, None]
     x = tl.load(ptrs, mask=mask, other=0.0)
     if scale is not None:
-        a = relu(affine(x.to(ACC), scale[None, :], shift[None, :]))
+        a = relu(affine(x.to(scale.dtype), scale[None, :], shift[None, :]))
         if not EVEN_K:
             a = tl.where(mask_k[:, None], a, 0.0)  # a row past the end must not contribute relu(shift)
         x = a.to(x.dtype)
@@ -40,9 +43,21 @@ def load_normalised(ptrs, mask_k, mask_n, scale, shift, ACC: tl.constexpr, EVEN_
 
 
 @triton.jit
+def pivot_row(pivot_ptr, affine_ptr, offs, mask, C, HAS_AFFINE: tl.constexpr):
+    """What is subtracted from each row of a: relu(pivot * scale + shift), or the pivot itself."""
+    pivot = tl.load(pivot_ptr + offs, mask=mask, other=0.0)
+    if HAS_AFFINE:
+        scale = tl.load(affine_ptr + offs, mask=mask, other=0.0)
+        shift = tl.load(affine_ptr + C + offs, mask=mask, other=0.0)
+        pivot = relu(affine(pivot, scale, shift))
+    return pivot
+
+
+@triton.jit
 def gram_kernel(
     x_ptr,
     affine_ptr,
+    pivot_ptr,
     partial_ptr,
     a_ptr,
     M,
@@ -58,6 +73,7 @@ def gram_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
+    HAS_PIVOT: tl.constexpr,
     STORE_A: tl.constexpr,
     EVEN_K: tl.constexpr,
     LANES: tl.constexpr,
@@ -101,6 +117,10 @@ def gram_kernel(
             scale_i = tl.load(affine_ptr + offs_i, mask=mask_i, other=0.0)
             shift_i = tl.load(affine_ptr + C + offs_i, mask=mask_i, other=0.0)
 
+    if HAS_PIVOT:
+        pivot_i = pivot_row(pivot_ptr, affine_ptr, offs_i, mask_i, C, HAS_AFFINE)[None, :]
+        pivot_j = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, C, HAS_AFFINE)[None, :]
+
     a_base = a_ptr
     if STORE_A:  # by the programs of the diagonal
         a_base += row_start.to(tl.int64) * C
@@ -116,14 +136,18 @@ def gram_kernel(
             n, i, j = next_rows(n, i, j, BLOCK_K, I, J)
         else:
             x_rows = base
-        a_j = load_normalised(x_rows + x_offs_j, mask_k, mask_j, scale_j, shift_j, ACC, EVEN_K)
+        a_j = load_normalised(x_rows + x_offs_j, mask_k, mask_j, scale_j, shift_j, EVEN_K)
         if TILES == 1:
             a_i = a_j
         else:
-            a_i = load_normalised(x_rows + x_offs_i, mask_k, mask_i, scale_i, shift_i, ACC, EVEN_K)
-        acc = tl.dot(tl.trans(a_i), a_j, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        # Of a_i, the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
-        sums += tl.sum(tl.reshape(a_i, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
+            a_i = load_normalised(x_rows + x_offs_i, mask_k, mask_i, scale_i, shift_i, EVEN_K)
+        left, right = a_i, a_j
+        if HAS_PIVOT:  # a row past the end must not contribute -k
+            left = tl.where(mask_k[:, None], a_i - pivot_i, 0.0).to(ACC)
+            right = tl.where(mask_k[:, None], a_j - pivot_j, 0.0).to(ACC)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        # Of the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
+        sums += tl.sum(tl.reshape(left, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)

@@ -18,6 +18,10 @@ that dgrad reads, and what cancels between dz and its share along y or the mean 
     gram_product_kernel      S, A∘W -> P
     gram_bias_kernel         A∘W, P -> bias
 
+Wide data (float32, float64), whose every digit counts: the Gram matrix squares their condition, so G, V and P are summed
+in float64. G is that of a minus a pivot (gram.py), which changes V in nothing and the mean by the pivot's own; and
+backward subtracts m from a and dbeta / M from dz on load (gram_wgrad.py, gram_dgrad.py): T is D already, and the bias is 0.
+
 A float16 A∘W or P could vanish in its exponent range: both are stored multiplied by a power of two, ``scales`` [2].
 P is stored as two 16-bit terms that add up: a rounding of P is the same in every row of a P, so that it adds up in the
 sums that the layer below makes of da, and where dz lies along y's own direction those are small differences.
@@ -27,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .bn_stats import store_stats, update_running
+from .gram import pivot_row
 
 
 @triton.jit
@@ -49,6 +54,8 @@ def dot_parts(left, right, acc, LEFT: tl.constexpr, PARTS: tl.constexpr, ACC: tl
 def gram_finalize_kernel(
     g_ptr,
     c_ptr,
+    pivot_ptr,
+    affine_ptr,
     w_ptr,
     weight_ptr,
     bias_ptr,
@@ -64,6 +71,8 @@ def gram_finalize_kernel(
     unbiased: tl.float64,
     eps: tl.float64,
     momentum: tl.float64,
+    HAS_PIVOT: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RUNNING_MEAN: tl.constexpr,
@@ -110,6 +119,9 @@ def gram_finalize_kernel(
         mask = mask_q[:, None] & mask_j[None, :]
         w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
         tl.store(v_ptr + rows_q + offs_j[None, :], acc, mask=mask)
+        if HAS_PIVOT:
+            pivot = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, P, HAS_AFFINE)
+            m_j = (exact + pivot.to(tl.float64)).to(ACC)
         mean += tl.sum(w * m_j[None, :], axis=1)
         var += tl.sum(w * acc, axis=1)
         if tl.program_id(0) == 0:
@@ -150,6 +162,7 @@ def gram_backward_kernel(
     P,
     Q,
     inverse_rows: tl.float64,
+    HAS_M: tl.constexpr,
     SCALED: tl.constexpr,
     ALL_Q: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -171,9 +184,10 @@ def gram_backward_kernel(
         offs_n = start + offs_p
         mask_n = offs_n < P
         mask = mask_q[:, None] & mask_n[None, :]
-        m = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)
         w = tl.load(w_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0).to(ACC)
-        centred = tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0) - dbeta[:, None] * m[None, :]
+        centred = tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0)
+        if HAS_M:  # else T is that of a centred input already
+            centred -= dbeta[:, None] * tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         along += tl.sum(w * centred, axis=1)
         if SCALED:
             widest = tl.maximum(widest, tl.max(tl.abs(w), axis=1))
@@ -199,10 +213,11 @@ def gram_backward_kernel(
         mask_n = offs_n < P
         mask = mask_q[:, None] & mask_n[None, :]
         offs = rows_q + offs_n[None, :]
-        m = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)
         w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(ACC)
         v = tl.load(v_ptr + offs, mask=mask, other=0.0)
-        centred = tl.load(t_ptr + offs, mask=mask, other=0.0) - dbeta[:, None] * m[None, :]
+        centred = tl.load(t_ptr + offs, mask=mask, other=0.0)
+        if HAS_M:
+            centred -= dbeta[:, None] * tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         dw = coeff_a[:, None] * centred + slope[:, None] * v
         tl.store(dw_ptr + offs, dw.to(dw_ptr.dtype.element_ty), mask=mask)
         tl.store(aw_ptr + offs, (scaled_a[:, None] * w).to(aw_ptr.dtype.element_ty), mask=mask)

@@ -7,7 +7,8 @@ that made a then masks da. A projection reads the block's input as it is: then a
 stride-th pixel, and da is the result.
 
 Reads   dz [M, q], or dout [M, q] and bits [M, ceil(q / 8)] (see bits.py): dz is dout where they are set, else zero;
-        y [M, p] (raw, before its BatchNorm), AW, P [terms, p, p], bias [p], stats [4, p] of y, scales [2].
+        y [M, p] (raw, before its BatchNorm), AW, P [terms, p, p], bias [p], stats [4, p] of y, scales [2]; or, in
+        place of the bias, what it stands for: sum dz [q] and the mean of a [p], subtracted from wide data on load.
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
         sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
@@ -70,6 +71,8 @@ def gram_dgrad_kernel(
     bias_ptr,
     stats_ptr,
     scales_ptr,
+    sum_dz_ptr,
+    mean_ptr,
     dx_ptr,
     tiles_ptr,
     M,
@@ -87,6 +90,7 @@ def gram_dgrad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     TERMS: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_Q: tl.constexpr,
@@ -139,6 +143,8 @@ def gram_dgrad_kernel(
                 inside = k0 // 8 + offs_b < row_bytes
                 packed = tl.load(bits_base + k0 // 8 + bits_offs, mask=inside[None, :], other=0)
             dz = tl.where(unpack_bits(packed), dz, 0.0).to(dz.dtype)
+        if HAS_MEANS:
+            dz -= (tl.load(sum_dz_ptr + k0 + offs_k, mask=mask_k, other=0.0) / M)[None, :]
         aw = load_matrix(aw_ptrs + k0 * P, mask_k, mask_n, EVEN_Q, EVEN_N)
         acc = tl.dot(tl.trans(aw), tl.trans(dz), acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -156,6 +162,8 @@ def gram_dgrad_kernel(
             scale = tl.load(stats_ptr + 2 * P + offs_n, mask=mask_n, other=0.0)
             shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
             a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
+        if HAS_MEANS:
+            a -= tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
         acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
         if TERMS == 2:
@@ -178,6 +186,8 @@ def gram_dgrad_kernel(
                 scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
                 shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
                 a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
+            if HAS_MEANS:
+                a -= tl.load(mean_ptr + k0 + offs_k, mask=mask_k, other=0.0)[None, :]
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
             if TERMS == 2:
                 b = load_matrix(p_ptrs + (P + k0) * P, mask_k, mask_n, EVEN_P, EVEN_N)
@@ -185,7 +195,8 @@ def gram_dgrad_kernel(
 
     if HAS_SCALES:
         acc *= 1.0 / scale_p
-    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if not HAS_MEANS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     # Half of the rows after the other: the accumulator keeps rows in registers, so a half costs half of them.
     HALF: tl.constexpr = BLOCK_M // 2
     upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))

@@ -23,6 +23,7 @@ def gram_wgrad_kernel(
     bits_ptr,
     y_ptr,
     affine_ptr,
+    mean_ptr,
     dz_ptr,
     partial_ptr,
     M,
@@ -31,6 +32,7 @@ def gram_wgrad_kernel(
     row_bytes,
     num_n,
     rows_per_split,
+    HAS_MEAN: tl.constexpr,
     STORE_DZ: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_P: tl.constexpr,
@@ -66,6 +68,8 @@ def gram_wgrad_kernel(
     y_offs = offs_k[:, None] * P + offs_p[None, :]
     scale = tl.load(affine_ptr + offs_p, mask=mask_p, other=0.0)[None, :]
     shift = tl.load(affine_ptr + P + offs_p, mask=mask_p, other=0.0)[None, :]
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + offs_p, mask=mask_p, other=0.0)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     sums = tl.zeros((BLOCK_K, BLOCK_M), ACC)  # reduced once, after the loop
@@ -83,6 +87,8 @@ def gram_wgrad_kernel(
         else:
             y = tl.load(y_base + y_offs, mask=inside & mask_p[None, :], other=0.0)
         a = relu(affine(y.to(ACC), scale, shift)).to(y.dtype)
+        if HAS_MEAN:
+            a -= mean
         sums += dz.to(ACC)
         acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION, out_dtype=ACC)
         if STORE_DZ:

@@ -65,6 +65,15 @@ def require_rows(t: torch.Tensor, rows: int, channels: int, like: torch.Tensor, 
         raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
 
+def require_mean(t: torch.Tensor, like: torch.Tensor, name: str = "input_mean") -> None:
+    """What is subtracted from every pixel of ``like`` [N, C, H, W], or from what is formed of it: [C], in its dtype.
+
+    ValueError otherwise, and for 16-bit data, which a kernel would have to round once more.
+    """
+    require_rows(t[None], 1, like.shape[1], like, name)
+    require_dtype(like, accumulation_dtype(like.dtype), f"what {name} is subtracted from")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulators and statistics: float64 for float64 data, else float32. ValueError for other dtypes."""
     if dtype not in DTYPES.values():

@@ -10,7 +10,7 @@ from ..kernels.conv_wgrad import conv_wgrad_kernel
 from ..plan.config import GemmConfig
 from ..plan.problem import ConvProblem
 from .box_wgrad import box_wgrad
-from .check import accumulation_dtype, dot_precision, require_image, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
 from .parts import add_parts
 from .record import launch
 
@@ -22,6 +22,7 @@ def conv_wgrad(
     config: GemmConfig,
     *,
     input_affine: torch.Tensor | None = None,
+    input_mean: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
     coeffs: torch.Tensor | None = None,
     out_dtype: torch.dtype,
@@ -30,13 +31,14 @@ def conv_wgrad(
 
     ``x`` [N, Ci, H, W] and ``dy`` [N, Co, P, Q] (``y`` too) share one dtype and are dense NHWC. ``input_affine``
     [2, Ci] makes relu(x * scale + shift) the input; ``coeffs`` [3, Co] makes A * dy + B * y + C the gradient, A * dy
-    without ``y``. Both are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
+    without ``y``. ``input_mean`` [Ci], of a 1x1 filter and float32 or float64 data, is subtracted from that input. They
+    are float32 (float64 for float64 data). Meant for 1x1 filters, where no value is formed twice
     per tile. ``config.row_taps`` = 3 gives one program the three taps of a row of a filter three wide: a third of the
     loads of dy for three times the accumulators. ``config.form`` "box": see box_wgrad. Raises ValueError on groups, on
     another layout, on ``y`` without ``coeffs``.
     """
     if config.form != "rows":
-        if not (input_affine is None and y is None and coeffs is None):
+        if not (input_affine is None and input_mean is None and y is None and coeffs is None):
             raise ValueError("in boxes both operands are read as they are: nothing is formed on load")
         return box_wgrad(x, dy, problem, config, out_dtype=out_dtype)
     if problem.groups != 1:
@@ -56,6 +58,11 @@ def conv_wgrad(
     if coeffs is not None:
         require_rows(coeffs, 3, problem.Co, x, "coeffs")
 
+    if input_mean is not None:
+        require_mean(input_mean, x)
+        if not problem.is_pointwise:
+            raise ValueError("conv_wgrad: input_mean goes with a 1x1 filter, whose input is never padded")
+
     elements = problem.Co * problem.taps * problem.Ci
     steps = triton.cdiv(triton.cdiv(problem.M, config.block_k), config.split)
     dw = torch.empty(
@@ -74,7 +81,7 @@ def conv_wgrad(
     launch(
         conv_wgrad_kernel,
         (tiles, config.split),
-        touched=(sampled, dy, y, input_affine, coeffs, partial),
+        touched=(sampled, dy, y, input_affine, input_mean, coeffs, partial),
         flops=problem.flops,
         config=config,
         device=x.device,
@@ -82,6 +89,7 @@ def conv_wgrad(
         dy_ptr=dy,
         y_ptr=dy if y is None else y,
         affine_ptr=input_affine,
+        mean_ptr=input_mean,
         coeffs_ptr=coeffs,
         dw_ptr=partial,
         M=problem.M,
@@ -104,6 +112,7 @@ def conv_wgrad(
         SAME_GRID=problem.stride == (1, 1) and (problem.P, problem.Q) == (problem.H, problem.W),
         HAS_PADDING=problem.padding != (0, 0),
         HAS_AFFINE=input_affine is not None,
+        HAS_MEAN=input_mean is not None,
         HAS_COEFFS=coeffs is not None,
         HAS_Y=y is not None,
         EVEN_K=problem.M % config.block_k == 0,

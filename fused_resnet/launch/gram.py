@@ -9,7 +9,7 @@ from ..plan.config import GemmConfig
 from ..plan.gram import FLUSH_ROWS, gram_reduce_config, gram_tiles
 from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
 from .check import accumulation_dtype, require_nhwc, require_rows
-from .gram_bn import GramGrads, gram_backward, gram_finalize, product_precision, triton_dtype
+from .gram_bn import GramGrads, gram_backward, gram_finalize, product_precision, require_pivot, triton_dtype
 from .record import launch
 
 __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]
@@ -22,12 +22,15 @@ def gram(
     *,
     stride: tuple[int, int] = (1, 1),
     store_a: bool = False,
+    pivot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(G = aᵀa [p, p], c = the column sums of a [p], a if ``store_a``): a = relu(x * scale + shift), in x's dtype.
 
     ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x.
     ``stride``: of the pixels, those alone that a 1x1 convolution with it samples (none of them is stored). G and c have
     the accumulation dtype and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
+    ``pivot`` [p], of float32 or float64 data: a row near x's mean. G and c are those of a minus what the prologue makes
+    of it, and ``gram_finalize`` takes it again.
     """
     require_nhwc(x, "x")
     N, channels, H, W = x.shape
@@ -35,6 +38,8 @@ def gram(
     rows = N * I * J
     if input_affine is not None:
         require_rows(input_affine, 2, channels, x, "input_affine")
+    if pivot is not None:
+        require_pivot(pivot, channels, x)
     if config.block_m != config.block_n:
         raise ValueError(f"gram takes square tiles, got {config.block_m} x {config.block_n}")
     if rows * channels == 0 or N * H * W >= 2**31:
@@ -42,7 +47,7 @@ def gram(
     if store_a and stride != (1, 1):
         raise ValueError(f"store_a goes with stride 1, got {stride}")
     a = torch.empty_like(x, memory_format=torch.channels_last) if store_a else None
-    dtype = accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype) if pivot is None else torch.float64
     steps = ceil_div(ceil_div(rows, config.block_k), config.split)
     split = ceil_div(rows, steps * config.block_k)
     tiles = gram_tiles(channels, config.block_n)
@@ -53,12 +58,13 @@ def gram(
     launch(
         gram_kernel,
         (tiles, split),
-        touched=(rows * channels * x.element_size(), input_affine, partial, a),
+        touched=(rows * channels * x.element_size(), input_affine, pivot, partial, a),
         flops=2 * rows * tiles * config.block_n**2,
         config=config,
         device=x.device,
         x_ptr=x,
         affine_ptr=input_affine,
+        pivot_ptr=pivot,
         partial_ptr=partial,
         a_ptr=a,
         M=rows,
@@ -74,6 +80,7 @@ def gram(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         HAS_AFFINE=input_affine is not None,
+        HAS_PIVOT=pivot is not None,
         STORE_A=store_a,
         EVEN_K=rows % config.block_k == 0,
         LANES=min(config.block_k, max(1, lanes)),

@@ -12,7 +12,7 @@ from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_final
 from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_config, gram_rows_config
 from ..plan.passes import ceil_div
 from .bn_stats import _require_channels
-from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_shape
+from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_rows, require_shape
 from .record import launch
 
 
@@ -24,7 +24,7 @@ class GramGrads(NamedTuple):
     dbeta: torch.Tensor
     aw: torch.Tensor
     p: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     scales: torch.Tensor | None
 
 
@@ -41,36 +41,47 @@ def gram_finalize(
     momentum: float,
     eps: float,
     counter: torch.Tensor | None = None,
+    pivot: torch.Tensor | None = None,
+    input_affine: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(stats [4, q], V = W Cov [q, p], m = c / rows [p]) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
+    """(stats [4, q], V = W Cov [q, p], its input's mean [p]) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
 
-    ``g`` and ``c`` are :func:`gram`'s. The BatchNorm arguments are those of ``bn_finalize``, which this replaces.
+    ``g`` and ``c`` are :func:`gram`'s, and ``pivot``, ``input_affine`` what it had, if it had a pivot. The BatchNorm
+    arguments are those of ``bn_finalize``, which this replaces.
     """
     q, p = _require_weight(weight)
     require_shape(g, (p, p), "g")
     require_shape(c, (p,), "c")
     require_device(g.device, c=c, weight=weight, counter=counter)
-    require_dtype(g, accumulation_dtype(weight.dtype), "g")
+    acc_dtype = accumulation_dtype(weight.dtype)
+    require_dtype(g, acc_dtype if pivot is None else torch.float64, "g")
+    if pivot is not None:
+        require_pivot(pivot, p, weight)
+        if input_affine is not None:
+            require_rows(input_affine, 2, p, weight, "input_affine")
     if rows < 1:
         raise ValueError(f"statistics of {rows} rows")
     if counter is not None and counter.dtype != torch.int64:
         raise ValueError(f"counter must be int64, got {counter.dtype}")
-    stats = torch.empty((4, q), dtype=g.dtype, device=g.device)
+    stats = torch.empty((4, q), dtype=acc_dtype, device=g.device)
     _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
-    v = torch.empty((q, p), dtype=g.dtype, device=g.device)
-    m = torch.empty((p,), dtype=g.dtype, device=g.device)
+    v = torch.empty((q, p), dtype=acc_dtype, device=g.device)
+    m = torch.empty((p,), dtype=acc_dtype, device=g.device)
     parts = 3 if weight.dtype == torch.bfloat16 else 0
-    config = gram_finalize_config(p, parts=parts, interpreter=g.device.type == "cpu")
+    wide, interpreter = g.dtype == torch.float64, g.device.type == "cpu"
+    config = gram_finalize_config(p, parts=parts, wide=wide, interpreter=interpreter)
     running = [t for t in (running_mean, running_var) if t is not None]
     launch(
         gram_finalize_kernel,
         (ceil_div(q, config.block_m),),
-        touched=(g, c, weight, gamma, beta, counter, stats, v, m, *running, *running),
+        touched=(g, c, pivot, input_affine, weight, gamma, beta, counter, stats, v, m, *running, *running),
         flops=2 * q * p * p,
         config=config,
         device=g.device,
         g_ptr=g,
         c_ptr=c,
+        pivot_ptr=pivot,
+        affine_ptr=input_affine,
         w_ptr=weight,
         weight_ptr=gamma,
         bias_ptr=beta,
@@ -86,6 +97,8 @@ def gram_finalize(
         unbiased=rows / max(rows - 1, 1),
         eps=float(eps),
         momentum=float(momentum),
+        HAS_PIVOT=pivot is not None,
+        HAS_AFFINE=input_affine is not None,
         HAS_WEIGHT=gamma is not None,
         HAS_BIAS=beta is not None,
         HAS_RUNNING_MEAN=running_mean is not None,
@@ -104,7 +117,7 @@ def gram_finalize(
 def gram_backward(
     t: torch.Tensor,
     v: torch.Tensor,
-    m: torch.Tensor,
+    m: torch.Tensor | None,
     stats: torch.Tensor,
     weight: torch.Tensor,
     sum_dz: torch.Tensor,
@@ -115,15 +128,20 @@ def gram_backward(
     """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
 
     ``t`` = dzᵀa ([q, p] or [q, p, 1, 1]) and ``sum_dz`` [q] in the accumulation dtype; ``v``, ``m`` and ``stats`` are
-    :func:`gram_finalize`'s. Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [terms, p, p]
+    :func:`gram_finalize`'s; without ``m``, ``t`` is that of a minus its mean.
+
+    Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [terms, p, p]
     (in the weight's dtype; two terms of 16 bits, or one), bias [p] with which da = dz AW + a P[0] (+ a P[1]) + bias;
-    for float16 ``scales`` [2], powers of two by which AW and P are multiplied, else None.
+    for float16 ``scales`` [2], powers of two by which AW and P are multiplied, else None. Without ``m`` there is no
+    bias (None): that is the gradient of dz and a minus their means.
     """
     q, p = _require_weight(weight)
     if t.dim() == 4:
         t = t.flatten(1)
     acc_dtype = accumulation_dtype(weight.dtype)
-    shapes = {"t": (t, (q, p)), "v": (v, (q, p)), "m": (m, (p,)), "stats": (stats, (4, q)), "sum_dz": (sum_dz, (q,))}
+    shapes = {"t": (t, (q, p)), "v": (v, (q, p)), "stats": (stats, (4, q)), "sum_dz": (sum_dz, (q,))}
+    if m is not None:
+        shapes["m"] = (m, (p,))
     for name, (tensor, shape) in shapes.items():
         require_shape(tensor, shape, name)
         require_dtype(tensor, acc_dtype, name)
@@ -139,7 +157,6 @@ def gram_backward(
     aw = torch.empty((q, p), dtype=weight.dtype, device=device)
     terms = 2 if weight.dtype in (torch.bfloat16, torch.float16) else 1
     product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
-    bias = torch.empty((p,), dtype=acc_dtype, device=device)
     bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
     scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
     common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats)}
@@ -166,6 +183,7 @@ def gram_backward(
         aw_ptr=aw,
         scales_ptr=scales,
         inverse_rows=1.0 / rows,
+        HAS_M=m is not None,
         ALL_Q=all_q,
         BLOCK_Q=rows_config.block_m,
         BLOCK_P=rows_config.block_c,
@@ -191,8 +209,11 @@ def gram_backward(
         PARTS=2 if weight.dtype == torch.bfloat16 else 0,
         TERMS=terms,
         INPUT_PRECISION=product_precision(device),
-        **common,
+        **{**common, "ACC": tl.float64 if terms == 1 else tl.float32},  # the one term of P: all that float32 holds
     )
+    if m is None:
+        return GramGrads(dw, dgamma, sum_dz, aw, product, None, scales)
+    bias = torch.empty((p,), dtype=acc_dtype, device=device)
     bias_config = gram_bias_config(p, interpreter=interpreter)
     launch(
         gram_bias_kernel,
@@ -224,6 +245,12 @@ def _require_weight(weight: torch.Tensor) -> tuple[int, int]:
     if q * p >= 2**31:
         raise ValueError(f"the kernels count weights in 32 bits, too many for them: {tuple(weight.shape)}")
     return q, p
+
+
+def require_pivot(pivot: torch.Tensor, channels: int, like: torch.Tensor) -> None:
+    """ValueError unless ``pivot`` is a row [channels] of wide data: narrow data would be rounded once more."""
+    require_rows(pivot[None], 1, channels, like, "pivot")
+    require_dtype(pivot, like.dtype, "pivot")
 
 
 def triton_dtype(t: torch.Tensor) -> tl.dtype:

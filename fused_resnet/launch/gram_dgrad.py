@@ -9,7 +9,15 @@ import triton.language as tl
 from ..kernels.gram_dgrad import gram_dgrad_kernel
 from ..plan.config import GemmConfig
 from .bits import require_bits
-from .check import accumulation_dtype, dot_precision, require_device, require_dtype, require_image, require_rows
+from .check import (
+    accumulation_dtype,
+    dot_precision,
+    require_device,
+    require_dtype,
+    require_image,
+    require_mean,
+    require_rows,
+)
 from .record import launch
 
 Pair = tuple[int, int]
@@ -25,13 +33,14 @@ def gram_dgrad(
     y: torch.Tensor,
     AW: torch.Tensor,
     P: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     stats: torch.Tensor | None,
     config: GemmConfig,
     *,
     scales: torch.Tensor | None = None,
     stride: Pair = (1, 1),
     bits: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx [N, p, I, J], its sums [2, T, p]): the gradient below the ReLU in front of a 1x1 convolution with BatchNorm.
 
@@ -42,7 +51,8 @@ def gram_dgrad(
     ``stats`` a = y and dx = da, with no sums (None), and the convolution may have a ``stride``: dx is that of the
     sampled pixels, I = ceil(H / stride).
     ``bits`` is the mask of a ReLU (see bits.py) behind which ``dz`` counts: it is the gradient above it then.
-    Raises ValueError for anything else.
+    ``means``, of float32 or float64 data, stands in for the bias: (sum dz [q], the mean of a [p]), by which both are
+    centred. Raises ValueError for anything else.
     """
     if dz.dim() != 4 or y.dim() != 4:
         raise ValueError(f"dz and y must have 4 dimensions, got shapes {tuple(dz.shape)} and {tuple(y.shape)}")
@@ -62,7 +72,14 @@ def gram_dgrad(
             raise ValueError(f"{name} must be contiguous {list(shape)}, got shape {tuple(matrix.shape)}")
         require_dtype(matrix, dz.dtype, name)
         require_device(dz.device, **{name: matrix})
-    require_rows(bias[None], 1, p, dz, "bias")
+    if (bias is None) == (means is None):
+        raise ValueError("gram_dgrad takes a bias or the means that it stands for, and not both")
+    if bias is not None:
+        require_rows(bias[None], 1, p, dz, "bias")
+    sum_dz, input_mean = means or (None, None)
+    if sum_dz is not None and input_mean is not None:
+        require_mean(sum_dz, dz, "sum_dz")
+        require_mean(input_mean, y)
     if stats is not None:
         require_rows(stats, 4, p, dz, "stats")
     if scales is not None:
@@ -77,7 +94,7 @@ def gram_dgrad(
     launch(
         gram_dgrad_kernel,
         (num_m * num_n,),
-        touched=(dz, bits, M * p * y.element_size(), AW, P, bias, stats, scales, dx, tiles),
+        touched=(dz, bits, M * p * y.element_size(), AW, P, bias, sum_dz, input_mean, stats, scales, dx, tiles),
         flops=2 * M * p * (q + terms * p),
         config=config,
         device=dz.device,
@@ -89,6 +106,8 @@ def gram_dgrad(
         bias_ptr=bias,
         stats_ptr=stats,
         scales_ptr=scales,
+        sum_dz_ptr=sum_dz,
+        mean_ptr=input_mean,
         dx_ptr=dx,
         tiles_ptr=tiles,
         M=M,
@@ -106,6 +125,7 @@ def gram_dgrad(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         HAS_SCALES=scales is not None,
+        HAS_MEANS=means is not None,
         TERMS=terms,
         WHOLE=num_n == 1 and config.block_n <= WHOLE and config.block_k >= LEAST_WHOLE_STEP,
         EVEN_Q=q % config.block_k == 0,

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..kernels.gram_wgrad import gram_wgrad_kernel
 from ..plan.config import GemmConfig
 from .bits import require_bits
-from .check import accumulation_dtype, dot_precision, require_image, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
 from .parts import add_parts
 from .record import launch
 
@@ -22,12 +22,14 @@ def gram_wgrad(
     config: GemmConfig,
     *,
     store_dz: bool,
+    input_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(T [q, p], sum dz [q], dz [N, q, H, W] if ``store_dz``): dzᵀ·a with dz = dout below its ReLU, a = relu(bn(y)).
 
     ``dout`` [N, q, H, W] and ``y`` [N, p, H, W] are dense NHWC of one dtype. ``bits`` (see
     :func:`empty_bits`) say where the ReLU let dout through. ``input_affine`` [2, p] is y's scale and shift. T and the
-    sums are float32 (float64 for float64 data), the same from run to run. Raises ValueError for other shapes and
+    sums are float32 (float64 for float64 data), the same from run to run. ``input_mean`` [p], of float32 or float64
+    data: T is that of a minus this. Raises ValueError for other shapes and
     dtypes.
     """
     if dout.dim() != 4 or y.dim() != 4:
@@ -37,6 +39,8 @@ def gram_wgrad(
     require_image(dout, (N, q, height, width), dout, "dout")
     require_image(y, (N, p, height, width), dout, "y")
     require_rows(input_affine, 2, p, dout, "input_affine")
+    if input_mean is not None:
+        require_mean(input_mean, y)
     require_bits(bits, dout.shape, dout.device)
 
     acc, ACC = accumulation_dtype(dout.dtype), tl.float64 if dout.dtype == torch.float64 else tl.float32
@@ -49,7 +53,7 @@ def gram_wgrad(
     launch(
         gram_wgrad_kernel,
         (num_m * num_n, config.split),
-        touched=(dout, bits, y, input_affine, dz, partial),
+        touched=(dout, bits, y, input_affine, input_mean, dz, partial),
         flops=2 * M * q * p,
         config=config,
         device=dout.device,
@@ -57,6 +61,7 @@ def gram_wgrad(
         bits_ptr=bits,
         y_ptr=y,
         affine_ptr=input_affine,
+        mean_ptr=input_mean,
         dz_ptr=dz,
         partial_ptr=partial,
         M=M,
@@ -65,6 +70,7 @@ def gram_wgrad(
         row_bytes=bits.shape[1],
         num_n=num_n,
         rows_per_split=steps * config.block_k,
+        HAS_MEAN=input_mean is not None,
         STORE_DZ=store_dz,
         EVEN_M=M % config.block_k == 0,
         EVEN_P=p % config.block_n == 0,

@@ -35,21 +35,21 @@ def gram_config(
     programs = (3 if block_n <= 64 else 1) * sm_count
     affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
     split = min(max(affordable, sm_count // tiles), programs // tiles, ceil_div(rows, block_k) // MIN_STEPS)
-    warps = 8 if block_n > 64 else 4
+    warps = 8 if block_n > 64 or itemsize > 2 else 4  # wide data has accumulators of 64 bits
     stages = 4 if block_k == 64 else 6
     return GemmConfig(block_n, block_n, block_k, num_warps=warps, num_stages=stages, split=max(1, split))
 
 
-def gram_finalize_config(p: int, *, parts: int = 0, interpreter: bool = False) -> GemmConfig:
+def gram_finalize_config(p: int, *, parts: int = 0, wide: bool = False, interpreter: bool = False) -> GemmConfig:
     """V = W Cov: few output channels a program, for many programs; rows of Cov as wide as registers allow.
 
-    ``parts``: bfloat16 products, which need fewer of them.
+    ``parts``: bfloat16 products, which need fewer of them; ``wide``: those of float64, which need more.
     """
     if interpreter:
         block_n = min(max(next_power_of_2(p), 16), 64)
         return GemmConfig(64, block_n, block_n)
-    block_n = min(max(next_power_of_2(p), 16), 256 if parts else 128)
-    return GemmConfig(16, block_n, min(8192 // block_n, block_n, 64), num_warps=8, num_stages=3)
+    block_n = min(max(next_power_of_2(p), 16), 256 if parts else 64 if wide else 128)
+    return GemmConfig(16, block_n, min(8192 // block_n, block_n, 32 if wide else 64), num_warps=8, num_stages=3)
 
 
 def gram_rows_config(p: int, *, interpreter: bool = False) -> PassConfig:

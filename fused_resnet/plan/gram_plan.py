@@ -33,7 +33,7 @@ def why_not_gram(problem: ChainProblem, route: str) -> str:
     if last.Ci > _most_width(route):
         return f"a Gram matrix {last.Ci} wide costs more than it saves"
     if last.dtype == "float32" and route != "gram":
-        return "in float32 sums that subtract the mean first are more exact than a Gram matrix"
+        return "in float32 the Gram matrix takes float64 products, which may cost more than they save"
     if last.M < LEAST_GRAM_ROWS:
         return f"{last.M} rows are too few for a covariance"
     return ""
@@ -66,6 +66,7 @@ def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None 
         dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),
         projection=None if projection is None else _gram_projection(projection, target),
         stores_a=stores_a,
+        centres=ELEMENT_BYTES.get(last.dtype, 2) > 2,
         stores_dz=stores_dz,
     )
 

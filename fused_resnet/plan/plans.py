@@ -61,6 +61,8 @@ class GramPlan:
     """None where there is none, or where it is staged."""
     stores_a: bool = False
     """The Gram kernel writes the input as it formed it, for fprop to read; else fprop forms it again on load."""
+    centres: bool = False
+    """The kernels subtract a pivot, or the mean, from what they multiply: where operands are not rounded to 16 bits."""
     stores_dz: bool = True
     """``masked_wgrad`` writes the dz that it forms; else who reads it forms it again, from the mask (if they can:
     :attr:`Plan.stores_dz`)."""

@@ -23,7 +23,7 @@ PLANTED = {
     "biased running variance": ("(var * unbiased).to(ACC)", "var"),
     "T not centred": (
         "along += tl.sum(w * centred, axis=1)",
-        "along += tl.sum(w * (centred + dbeta[:, None] * m[None, :]), axis=1)",
+        "along += tl.sum(w * tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0), axis=1)",
     ),
     "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
     "the wrong sign of P": ("slope = -rstd", "slope = rstd"),
