@@ -18,9 +18,9 @@ that dgrad reads, and what cancels between dz and its share along y or the mean 
     gram_product_kernel      S, A∘W -> P
     gram_bias_kernel         A∘W, P -> bias
 
-Wide data (float32, float64), whose every digit counts: the Gram matrix squares their condition, so G, V and P are summed
-in float64. G is that of a minus a pivot (gram.py), which changes V in nothing and the mean by the pivot's own; and
-backward subtracts m from a and dbeta / M from dz on load (gram_wgrad.py, gram_dgrad.py): T is D already, and the bias is 0.
+Wide data (float32, float64): their every digit counts, and a Gram matrix squares their condition. So G, V and P are
+summed in float64. G is that of a minus a pivot (gram.py), which changes nothing in V; m gets the pivot back. And
+backward subtracts m from a and dbeta / M from dz on load (gram_wgrad.py, gram_dgrad.py): T is D, and the bias is 0.
 
 A float16 A∘W or P could vanish in its exponent range: both are stored multiplied by a power of two, ``scales`` [2].
 P is stored as two 16-bit terms that add up: a rounding of P is the same in every row of a P, so that it adds up in the
