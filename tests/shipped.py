@@ -175,7 +175,7 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     g, c, _ = gram.gram(x, affine, plan.gram, pivot=pivot)
     gram.gram(x, affine, plan.gram, store_a=True, pivot=pivot)
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
-    parameters |= {"pivot": pivot, "input_affine": affine}
+    parameters |= {"pivot": pivot, "input_affine": affine if plan.centres else None}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
     bits = empty_bits(out.shape, out.device)
