@@ -26,18 +26,22 @@ from typing import Any
 from .device import ROOT, Device, DryDevice
 
 STAGES = {
-    "facts": (1.0, 40),
-    "baselines": (4.5, 130),
-    "layers": (1.5, 40),
-    "kernels": (3.0, 90),
+    "facts": (0.5, 40),
     "blocks": (1.5, 60),
-    "step": (2.5, 100),
+    "kernels": (2.0, 90),
+    "tune": (2.5, 60),
+    "step": (0.75, 60),
+    "models": (2.25, 60),
+    "baselines": (1.5, 80),
     "profile": (1.0, 60),
-    "routes": (1.5, 40),
-    "models": (4.0, 100),
-    "tune": (6.0, 120),
+    "routes": (1.0, 40),
+    "autotune": (5.0, 280),
+    "layers": (1.0, 40),
 }
 """In order of value: how many minutes a stage may take, after how many seconds an item of it is given up."""
+CORE = ("facts", "blocks", "kernels", "tune", "step", "models")
+"""What is right, the table, and with it the end-to-end comparison: what ten minutes are for. The others have what these
+leave, and a second call."""
 Item = tuple[str, Callable[[], dict[str, Any]]]
 POISONED = 3
 DEFAULT_CEILINGS = {"bytes_per_s": 3.0e12, "flops_per_s": 750e12}
@@ -51,6 +55,7 @@ class Context:
             stage, out, deadline, marker, device, limit)  # fmt: skip
         self.path = path_of(out, stage)
         self.document = read(self.path) or {"stage": stage, "results": {}}
+        self.document.pop("out_of_time_before", None)
         self.document["facts"] = {**(read(out / "facts.json") or {}).get("facts", {}), **device.facts()}
 
     @property
@@ -145,10 +150,26 @@ def write(path: Path, document: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def adopt(out: Path) -> bool:
+    """Plans of this process follow what was tuned in ``out``, where anything was."""
+    import torch
+
+    from fused_resnet.plan import store, tables, target
+
+    tuned = read(path_of(out, "tune"))
+    found = target.current(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    if not tuned or not tuned.get("entries") or found is None:
+        return False
+    store.load()  # first: what is installed later goes before it
+    tables.install(found.name, found.sm, tuned)
+    return True
+
+
 def child(arguments: argparse.Namespace) -> int:
     """One stage, in this process."""
     device = DryDevice() if arguments.dry else Device()
     context = Context(arguments.stage, arguments.out, arguments.deadline, arguments.marker, device, arguments.limit)
+    context.document["tuned"] = adopt(arguments.out)
     stage = importlib.import_module(f"benchmarks.stages.{arguments.stage}")
     status = context.run(stage.items(context))
     finish = getattr(stage, "finish", None)
@@ -172,6 +193,8 @@ def run_stage(stage: str, out: Path, seconds: float, *, dry: bool = False, limit
                        "--deadline", str(deadline), "--limit", str(limit)] + ["--dry"] * dry  # fmt: skip
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+            # A record speaks of the shipped tables and of what this check tuned, not of what lies in somebody's cache.
+            environment["FUSED_RESNET_CACHE_DIR"] = str(out / "cache")
             if dry:
                 environment["TRITON_INTERPRET"] = "1"
             process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
@@ -257,7 +280,32 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{name}] up to {seconds:.0f} s", flush=True)
         run_stage(name, options.out, seconds, dry=options.dry, limit=options.limit)
         print(f"[{name}] {time.time() - start:.0f} s", flush=True)
+    summarise(options.out, chosen)
     return 0
+
+
+def summarise(out: Path, stages: Iterable[str]) -> None:
+    """The last lines: what is wrong, what each whole step reached, what was left out."""
+    wrong, left, steps = [], [], []
+    for name in STAGES:
+        if name not in stages:
+            continue
+        document = read(path_of(out, name))
+        if document is None:
+            left.append(name)
+            continue
+        if "out_of_time_before" in document:
+            left.append(f"{name} from {document['out_of_time_before']} on")
+        for item, r in document["results"].items():
+            if "error" in r or r.get("ok") is False:
+                wrong.append(f"{name}: {item}: {r.get('line') or r['error'].splitlines()[0]}"[:160])
+            rates = {who: c["images_per_s"] for who, c in r.get("candidates", {}).items() if "images_per_s" in c}
+            if rates:
+                steps.append(f"{item}: {', '.join(f'{who} {rate:,.0f}' for who, rate in rates.items())}")
+    print("== images/s\n" + ("\n".join(steps) or "no step was timed"))
+    print("== wrong or failed\n" + ("\n".join(wrong) or "nothing"))
+    print(f"== left out\n{', '.join(left) or 'nothing'}")
+    print(f"scripts/report {out} prints the tables; the same command goes on where it was", flush=True)
 
 
 def _child_arguments() -> argparse.Namespace:

@@ -77,7 +77,7 @@ def _parts(folder: Path, pictures: set[str]) -> Iterator[str]:
     yield "## Training steps"
     found = records.steps(folder)
     if found:
-        yield "The speed-up is over the first candidate of the same process, which took turns with it."
+        yield "The speed-up is over the eager step of the same process, which took turns with it."
         head = ("GPU", "model", "batch", "dtype", "candidate", "images/s", "ms", "speed-up", "peak GiB", "record")
         yield table(head, speedups(found))
         yield from picture("speedup")

@@ -20,7 +20,7 @@ STEP_FILES = ("step.json", "models.json", "baselines.json", "autotune.json")
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one candidate. ``beside``: images per second of the first that took turns with it."""
+    """A training step of one candidate. ``beside``: images per second of the eager one that took turns with it."""
 
     gpu: str
     model: str
@@ -84,7 +84,9 @@ def _stage_steps(path: Path, document: dict[str, Any]) -> Iterator[Step]:
         candidates = result.get("candidates")
         if model is None or not candidates or not result.get("ok", True):
             continue
-        first = next(iter(candidates.values()))["images_per_s"]
+        if next(iter(candidates)) != "eager":  # its ratios are to something else
+            continue
+        first = candidates["eager"]["images_per_s"]
         for name, r in candidates.items():
             dtype = "float16" if "float16" in item else "bfloat16"
             yield Step(gpu, model[0], result["batch"], dtype, name, r["images_per_s"], r["us"], r["speedup"],

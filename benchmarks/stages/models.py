@@ -1,4 +1,4 @@
-"""The same comparison as the step stage's, for the rest of the family, other batches and float16."""
+"""The same comparison as the step stage's, for the rest of the family, other batches, float16, and ours compiled."""
 
 from __future__ import annotations
 
@@ -18,3 +18,4 @@ def items(context: Context) -> Iterator[Item]:
         yield f"resnet{depth}, batch {batch}", lambda d=depth, b=batch: compare(context, d, b)
     if not context.dry:  # the rehearsal's dtype is the interpreter's anyway
         yield "resnet50, float16", lambda: compare(context, 50, dtype=torch.float16)
+    yield "resnet50 compiled", lambda: compare(context, 50, compiled=True)

@@ -16,12 +16,12 @@ import fused_resnet as fr
 from .. import networks
 from ..harness import Context, Item
 from ..networks import LOSS_TOLERANCE, Training
+from .kernels import target_of
 
 
 def items(context: Context) -> Iterator[Item]:
     yield "resnet50", lambda: compare(context, 50)
     yield "resnet18", lambda: compare(context, 18)
-    yield "resnet50 compiled", lambda: compare(context, 50, compiled=True)
 
 
 def compare(
@@ -32,6 +32,7 @@ def compare(
     theirs = networks.torchvision_resnet(depth, context.dry)
     ours = networks.fused_resnet(depth, context.dry)
     ours.load_state_dict(theirs.state_dict())
+    plan = [] if context.dry else planned(context, ours, batch, dtype)
     if not context.dry:  # in parallel, before anything holds the device
         ours = ours.to(context.device.name).to(memory_format=torch.channels_last)
         fr.warmup(ours, (batch, 3, 224, 224), dtype)
@@ -43,7 +44,8 @@ def compare(
         "ours graph": (ours, True, None),
     }
     if compiled:
-        makers = {"compile": (theirs, False, options), "ours compile": (ours, False, options)}
+        makers = {"eager": (theirs, False, None), "compile": (theirs, False, options),
+                  "ours compile": (ours, False, options)}  # fmt: skip
     candidates: dict[str, Training] = {}
     steps, peaks, losses, failed = {}, {}, {}, {}
     for name, (model, graph, compile_options) in makers.items():
@@ -68,5 +70,13 @@ def compare(
     apart = {name: max(abs(a / b - 1) for a, b in zip(values, first, strict=True)) for name, values in losses.items()}
     worst = max(apart.values())
     line += f" | losses within {worst:.1e}" + (" WRONG" if not worst <= LOSS_TOLERANCE else "")
-    return {"batch": batch, "size": 224, "candidates": results, "losses": losses, "failed": failed,
+    return {"batch": batch, "size": 224, "candidates": results, "losses": losses, "failed": failed, "plan": plan,
             "ok": worst <= LOSS_TOLERANCE and not failed, "line": line}  # fmt: skip
+
+
+def planned(context: Context, model: torch.nn.Module, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """What runs and why, operation by operation, with its floor and its projection."""
+    found = fr.explain(model.to(memory_format=torch.channels_last), (batch, 3, 224, 224), dtype=dtype,
+                       target=target_of(context))  # fmt: skip
+    names = ("name", "source", "route", "reason", "launches", "bytes", "flops", "floor_us", "projected_us")
+    return [{name: getattr(row, name) for name in names} for row in found.rows if row.source != "eager"]

@@ -7,19 +7,23 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 
-from benchmarks import device, harness, ship
+import fused_resnet as fr
+from benchmarks import device, harness, networks, precompile, problems, ship
 from benchmarks.device import ROOT, DryDevice
-from fused_resnet.plan import tables
+from benchmarks.roles import cases
+from benchmarks.stages import autotune, baselines, kernels, models, step
+from fused_resnet.plan import tables, target
 
-LIMITS = dict.fromkeys(harness.STAGES, 1) | {"facts": 0, "baselines": 2, "layers": 3, "kernels": 15, "tune": 2}
+LIMITS = dict.fromkeys(harness.STAGES, 1) | {"facts": 0, "layers": 3, "kernels": 15, "tune": 2}
 
 
 def gpu_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,77 +45,100 @@ def test_a_stage_runs_dry(stage: str, tmp_path: Path) -> None:
         assert f"[{stage}] {name}: " in run.stdout
 
 
-def context(out: Path, seconds: float = 60) -> harness.Context:
-    return harness.Context("layers", out, time.time() + seconds, out / "marker", DryDevice())
+def context(out: Path, stage: str, device: DryDevice | None = None) -> harness.Context:
+    return harness.Context(stage, out, time.time() + 60, out / "marker", device or DryDevice())
 
 
-@pytest.mark.quick
-def test_an_item_that_raises_is_named_and_the_next_one_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def wrong() -> dict[str, Any]:
-        raise ValueError("no such shape")
+class Pretended(DryDevice):
+    """The CPU again, for what only a GPU's run does: nothing but the size of the work and its kernels is replaced."""
 
-    def unwanted() -> dict[str, Any]:
-        raise AssertionError("measured already")
-
-    first = context(tmp_path)
-    assert first.run(iter([("a", wrong), ("b", lambda: {"line": "fine"})])) == 0
-    written = json.loads((tmp_path / "layers.json").read_text())["results"]
-    assert "ValueError: no such shape" in written["a"]["error"] and written["b"]["line"] == "fine"
-    assert "a: FAILED ValueError: no such shape" in capsys.readouterr().out
-    again = context(tmp_path)
-    assert again.run(iter([("b", unwanted), ("c", dict)])) == 0
-    assert set(again.results) == {"a", "b", "c"}
+    dry = False
 
 
-@pytest.mark.quick
-def test_nothing_begins_without_time(tmp_path: Path) -> None:
-    late = context(tmp_path, seconds=1)
-    assert late.run(iter([("a", dict)])) == 0
-    assert not late.results and late.document["out_of_time_before"] == "a"
+class Compiled:
+    """In place of the processes that compile ahead: everything is done, nothing was wrong."""
+
+    jobs: ClassVar[list[Any]] = []
+
+    def __init__(self, jobs: Any, capability: int) -> None:
+        Compiled.jobs[:] = jobs
+
+    def wait(self, case: Any, config: Any, timeout: float = 40) -> str:
+        return ""
+
+    def stop(self) -> None:
+        pass
 
 
-@pytest.mark.quick
-def test_a_poisoned_device_ends_the_child(tmp_path: Path) -> None:
-    def wrong() -> dict[str, Any]:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    broken = context(tmp_path)
-    broken._alive = lambda: False  # type: ignore[method-assign]
-    assert broken.run(iter([("a", wrong), ("b", dict)])) == harness.POISONED
-    assert set(broken.results) == {"a"}
-
-
-CHILD = """
-import json, os, sys, time
-out, marker = sys.argv[sys.argv.index("--out") + 1], sys.argv[sys.argv.index("--marker") + 1]
-path = os.path.join(out, "facts.json")
-done = json.load(open(path))["results"] if os.path.exists(path) else {}
-for name in ("good", "crash", "hang", "last"):
-    if name in done:
-        continue
-    open(marker, "w").write(json.dumps({"item": name, "since": time.time()}))
-    if name == "crash":
-        os.abort()
-    if name == "hang":
-        time.sleep(600)
-    done[name] = {"line": "fine"}
-    json.dump({"stage": "facts", "results": done}, open(path, "w"))
-    open(marker, "w").write("")
-"""
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models and images where a GPU's run has ResNets; what compiles gives back what it was given."""
+    build = networks.tiny
+    monkeypatch.setattr(networks, "tiny_or", lambda dry, batch, size: (2, 32))
+    monkeypatch.setattr(networks, "torchvision_resnet", lambda depth, dry: build(fr.reference.Bottleneck))
+    monkeypatch.setattr(networks, "fused_resnet", lambda depth, dry: build(fr.Bottleneck))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(fr, "warmup", create_autospec(fr.warmup))
+    monkeypatch.setattr(step, "target_of", lambda context: target.H100)
 
 
-@pytest.mark.quick
-def test_a_crash_and_a_hang_are_named_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
-    monkeypatch.setitem(harness.STAGES, "facts", (1.0, 2))
-    real = subprocess.Popen
-    monkeypatch.setattr(harness.subprocess, "Popen", lambda c, **kw: real([c[0], str(script), *c[3:]], **kw))
-    harness.run_stage("facts", tmp_path, 60)
-    results = json.loads((tmp_path / "facts.json").read_text())["results"]
-    assert results["good"]["line"] == results["last"]["line"] == "fine"
-    assert "status -6" in results["crash"]["error"]
-    assert "no answer in 2 s" in results["hang"]["error"]
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("stage", [step, models, baselines, autotune], ids=lambda stage: stage.__name__[18:])
+def test_what_only_a_gpu_s_run_does(stage: Any, tmp_path: Path) -> None:
+    """Warming up, autocast, explaining, the last items of a stage: what ``--dry`` passes over."""
+    found = context(tmp_path, stage.__name__[18:], Pretended())
+    listed = list(stage.items(found))
+    assert found.run([listed[0], listed[-1]]) == 0
+    for name, result in found.results.items():
+        assert "error" not in result and result.get("ok", True), (name, result)
+    if stage is step:
+        plan = found.results["resnet50"]["plan"]
+        assert plan and {"route", "reason", "projected_us"} <= set(plan[0])
+        assert fr.warmup.call_args.args[1:] == ((256, 3, 224, 224), torch.bfloat16)  # type: ignore[attr-defined]
+
+
+def test_kernels_of_both_dtypes_are_compiled_ahead_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = problems.layers(50, 2, 32, 8)[1:2]
+    passes = [replace(case, dtype_name="bfloat16") for case in kernels.passes.cases(dry=True)[2:3]]
+    monkeypatch.setattr(kernels.problems, "layers", lambda depth: layers)
+    monkeypatch.setattr(kernels.passes, "cases", lambda dry: passes)
+    monkeypatch.setattr(kernels, "Ahead", Compiled)
+    monkeypatch.setattr(kernels, "target_of", lambda context: target.INTERPRETER)
+    found = context(tmp_path, "kernels", Pretended())
+    assert found.run(kernels.items(found)) == 0
+    kernels.finish(found)
+    assert len(found.results) == 1 + len(cases(layers[0])) and not found.document["wrong"], found.document["wrong"]
+    assert all(set(r["checks"]) == {"bfloat16", "float16"} and "ours" in r for r in found.results.values())
+    assert {case.dtype for case, _ in Compiled.jobs} == {torch.bfloat16, torch.float16}
+
+
+def test_a_wrong_kernel_is_named_and_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {"out": {"ok": False, "failed": "R", "rms": 0.3}}
+    monkeypatch.setattr(kernels.passes.PassCase, "check", lambda *_: wrong)
+    monkeypatch.setattr(kernels, "interleave", lambda *_, **__: pytest.fail("it was timed"))
+    found = context(tmp_path, "kernels")
+    assert found.run([next(iter(kernels.items(found)))]) == 0
+    kernels.finish(found)
+    (name,) = found.results
+    assert found.document["wrong"] == [name] and "ours" not in found.results[name]
+    assert f"{name}: WRONG float32 out R" in capsys.readouterr().out
+
+
+def test_kernels_compile_ahead_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real processes: one kernel for a Hopper, and one whose compilation fails in words."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = cases(problems.layers(50, 2)[1])[0]
+    good = case.candidates(target.H100)[0]
+    bad = replace(good, block_m=48)
+    ahead = precompile.Ahead([(case, good), (case, bad)], 90, workers=1)
+    try:
+        assert ahead.wait(case, good, timeout=120) == "" and list(tmp_path.iterdir())
+        assert ahead.wait(case, bad, timeout=60) != ""
+    finally:
+        ahead.stop()
 
 
 @pytest.mark.quick
@@ -136,13 +163,6 @@ def test_the_device_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> Non
         assert value is not None
     facts = real.facts()
     assert facts["gpu"] == "a GPU" and facts["l2_bytes"] == 50 << 20 and facts["torch"] == torch.__version__
-
-
-@pytest.mark.quick
-def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        harness.main(["--only", "facts,flops", "--dry"])
-    assert "no stage flops" in capsys.readouterr().err
 
 
 @pytest.mark.quick
