@@ -23,8 +23,6 @@ from benchmarks.roles import cases
 from benchmarks.stages import autotune, baselines, kernels, models, step
 from fused_resnet.plan import tables, target
 
-LIMITS = dict.fromkeys(harness.STAGES, 1) | {"facts": 0, "layers": 3, "kernels": 15, "tune": 2}
-
 
 def gpu_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/gpu_check", "--dry", "--out", str(out), *arguments]
@@ -33,16 +31,23 @@ def gpu_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", harness.STAGES)
-def test_a_stage_runs_dry(stage: str, tmp_path: Path) -> None:
-    run = gpu_check(tmp_path, "--only", stage, "--limit", str(LIMITS[stage]), "--stage-minutes", f"{stage}=8")
+@pytest.mark.parametrize("limit", [2, 15], ids=["two items of every stage", "facts and many kernels"])
+def test_every_stage_runs_dry(limit: int, tmp_path: Path) -> None:
+    """One call, as on a GPU: each stage prints what it found before the next begins, and the end sums up."""
+    stages = [stage for stage in harness.STAGES if (stage in ("facts", "kernels")) == (limit > 2)]
+    run = gpu_check(tmp_path, "--only", ",".join(stages), "--limit", str(limit), "--minutes", "30")
     assert run.returncode == 0, run.stderr
-    document = json.loads(harness.path_of(tmp_path, stage).read_text())
-    assert document["results"], run.stdout + run.stderr
-    for name, result in document["results"].items():
-        assert "error" not in result, (name, result)
-        assert result.get("ok", True), (name, result)
-        assert f"[{stage}] {name}: " in run.stdout
+    for stage in stages:
+        document = json.loads(harness.path_of(tmp_path, stage).read_text())
+        assert document["results"], run.stdout + run.stderr
+        for name, result in document["results"].items():
+            assert "error" not in result, (name, result)
+            assert result.get("ok", True), (name, result)
+            assert f"[{stage}] {name}: " in run.stdout
+    begun = [run.stdout.index(f"[{stage}] up to") for stage in stages]
+    assert begun == sorted(begun)
+    assert "== wrong or failed\nnothing\n== left out\nnothing" in run.stdout
+    assert ("images/s\nresnet50: eager" in run.stdout) == (limit == 2)
 
 
 def context(out: Path, stage: str, device: DryDevice | None = None) -> harness.Context:
