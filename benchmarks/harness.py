@@ -38,8 +38,8 @@ STAGES = {
     "autotune": (5.0, 280),
     "layers": (1.0, 40),
 }
-"""In order of value: how many minutes a stage may take (and what those before it left), after how many seconds an item of
-it is given up."""
+"""In order of value: how many minutes a stage may take (and what those before it left), after how many seconds an item
+of it is given up."""
 CORE = ("facts", "blocks", "kernels", "tune", "step", "models")
 """What is right, the table, and with it the end-to-end comparison: what ten minutes are for. The others have what these
 leave, and a second call."""

@@ -110,6 +110,7 @@ class TestTenMinutes:
     def test_a_stage_prints_before_the_next_begins_and_the_end_sums_up(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """Time that a stage leaves goes to those behind it."""
         rates = {"eager": {"images_per_s": 4000.0}, "ours": {"images_per_s": 8000.0}}
 
         def run(stage: str, out: Path, seconds: float, **_: Any) -> None:
@@ -122,9 +123,9 @@ class TestTenMinutes:
         monkeypatch.setattr(harness, "run_stage", run)
         assert harness.main(["--dry", "--out", str(tmp_path), "--only", "step,kernels,facts"]) == 0
         out = capsys.readouterr().out
-        order = [
-            out.index(f"ran {name} in {60 * harness.STAGES[name][0]:.0f}") for name in ("facts", "kernels", "step")
-        ]
+        stages = ("facts", "kernels", "step")
+        seconds = [60 * sum(harness.STAGES[stage][0] for stage in stages[: i + 1]) for i in range(3)]
+        order = [out.index(f"ran {stage} in {most:.0f}") for stage, most in zip(stages, seconds, strict=True)]
         assert order == sorted(order)
         assert "resnet50: eager 4,000, ours 8,000" in out
         assert "kernels: bad: WRONG dz" in out and "kernels: dead: killed" in out
