@@ -74,7 +74,7 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(bn(conv(x)) + residual)``: [N, Ci, H, W] to [N, Co, P, Q]; ``residual`` has the output's shape."""
     conv = Conv(weight, _pair(stride), _pair(padding), _pair(dilation), groups)
-    return _chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
+    return run_chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
 
 
 def basic_block(
@@ -93,7 +93,7 @@ def basic_block(
     """
     check_layers(layers, 2)
     memory = memory_options(recompute, keep)
-    return _chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
+    return run_chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
 
 
 def bottleneck(
@@ -114,7 +114,7 @@ def bottleneck(
     """
     check_layers(layers, 3)
     memory = memory_options(recompute, keep)
-    return _chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
+    return run_chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
 
 
 def bn_add_relu(
@@ -183,7 +183,7 @@ def stem(
 # ---------------------------------------------------------------- the chain
 
 
-def _chain(
+def run_chain(
     x: Tensor,
     layers: Sequence[tuple[Conv, BatchNorm]],
     projection: tuple[Conv, BatchNorm] | None = None,
@@ -212,7 +212,7 @@ def _chain(
         raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
     added = x if kind == "identity" else residual
     if _widens(added, dtype):
-        return _add(_chain(x, layers, relu=False, memory=memory, route=route), added, relu)
+        return _add(run_chain(x, layers, relu=False, memory=memory, route=route), added, relu)
 
     everything = [*layers, *([projection] if projection else [])]
     training = {bn.training for _, bn in everything}
@@ -263,12 +263,12 @@ def _layer_by_layer(
 ) -> Tensor:
     """Layers of which only some have frozen statistics: one fused operation each."""
     if projection is not None:
-        residual = _chain(x, (projection,), relu=False, route=route)
+        residual = run_chain(x, (projection,), relu=False, route=route)
     elif kind == "identity":
         residual = x
     for layer in layers[:-1]:
-        x = _chain(x, (layer,), route=route)
-    return _chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
+        x = run_chain(x, (layer,), route=route)
+    return run_chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
 
 
 def _reference_chain(

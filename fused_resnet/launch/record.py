@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -36,7 +36,16 @@ class _Rehearsal(threading.local):
     on_kernel: OnKernel | None = None
 
 
+class Watch(Protocol):
+    """Is told of every launch that really happens: before it, and after it was queued."""
+
+    def begin(self, kernel: str, config: Config) -> None: ...
+
+    def end(self) -> None: ...
+
+
 _lock = threading.Lock()
+_watches: list[Watch] = []
 _recorders: list[list[Launch]] = []
 _rehearsal = _Rehearsal()
 
@@ -67,6 +76,16 @@ def rehearse_launches(on_kernel: OnKernel | None = None) -> Iterator[list[Launch
         yield launches
     finally:
         _rehearsal.launches, _rehearsal.on_kernel = before
+
+
+@contextmanager
+def watch_launches(watch: Watch) -> Iterator[None]:
+    """``watch`` sees what is launched inside, by whichever thread."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
 
 
 def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
@@ -121,8 +140,13 @@ def launch(
     if device.type == "meta":
         if _rehearsal.on_kernel is not None:
             _rehearsal.on_kernel(kernel, arguments, options)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        return
+    for watch in _watches:
+        watch.begin(kernel.fn.__name__, config)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**arguments, **options)
     else:
         kernel[grid](**arguments, **options)
+    for watch in _watches:
+        watch.end()

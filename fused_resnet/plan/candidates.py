@@ -205,7 +205,7 @@ def candidates(
     if target.sm == MODELLED and not stem:
         fitting = _likely(problem, kind, target, formed, fitting)
     boxes = [config for config in _boxes(problem, kind, target) if supports(problem, kind, target, config)[0]]
-    return [*fitting[: MOST_ROWS if boxes else most], *boxes][:most]
+    return [*fitting[: min(MOST_ROWS, most // 2) if boxes else most], *boxes][:most]
 
 
 def _likely(problem: ConvProblem, kind: str, target: Target, formed: bool, found: list[GemmConfig]) -> list[GemmConfig]:

@@ -72,6 +72,20 @@ def estimate_us(problem: ConvProblem, kind: str, target: Target, config: GemmCon
     return together_us(terms(problem, kind, target, config, formed=formed), RATES[kind])
 
 
+def floor_us(problem: ConvProblem, kind: str, target: Target) -> float:
+    """The least time of a pass: its tensors once at the bandwidth, or its products at the matrix rate."""
+    p, itemsize = problem, ELEMENT_BYTES.get(problem.dtype, 2)
+    x, y = (p.M if p.is_pointwise else p.N * p.H * p.W) * p.Ci, p.M * p.Co
+    on_load = kind != "fprop" and p.is_pointwise
+    moved = x + y * (1 + on_load) + x * (kind == "dgrad") + p.Co * p.Ci // p.groups * p.taps
+    return max(moved * itemsize / target.bandwidth, p.flops / target.matrix_rate) * 1e6
+
+
+def gain_us(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> float:
+    """What measuring a pass that would take ``config`` may gain, at the most."""
+    return max(0.0, estimate_us(problem, kind, target, config) - floor_us(problem, kind, target))
+
+
 def together_us(t: Terms, rates: Rates) -> float:
     """The terms together, in their own unit. Takes arrays, too."""
     waiting = rates.start * t.waves + rates.step * t.steps

@@ -54,7 +54,7 @@ def _most_width(route: str) -> int:
 
 def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None = None) -> GramPlan:
     stores_a = _stores_a(last, target, joined=projection is not None)
-    fprop = _fprop_name(stores_a, joined=projection is not None)
+    fprop = fprop_name(stores_a, joined=projection is not None)
     epilogue = "residual" if projection is None else "projection"
     stores_dz = _stores_dz(last, target)
     dgrad = "dgrad+gram" if stores_dz else "dgrad+in+gram"
@@ -78,7 +78,7 @@ from the kernels' instructions, not measured."""
 
 def _stores_a(last: ConvProblem, target: Target, joined: bool) -> bool:
     """Whether the Gram kernel writes a. ``joined``: fprop takes a projection as a second product."""
-    formed, on_load = (tables.lookup(last, _fprop_name(stores, joined), target) for stores in (True, False))
+    formed, on_load = (tables.lookup(last, fprop_name(stores, joined), target) for stores in (True, False))
     if formed is not None and formed.whole_us is not None and on_load is not None and on_load.us is not None:
         return formed.whole_us < on_load.us
     return last.Ci >= LEAST_STORED_WIDTH
@@ -92,7 +92,7 @@ def _stores_dz(last: ConvProblem, target: Target) -> bool:
     return written.whole_us <= on_load.us
 
 
-def _fprop_name(stores_a: bool, joined: bool) -> str:
+def fprop_name(stores_a: bool, joined: bool) -> str:
     return tables.pass_name("fprop", prologue=not stores_a, gram=not joined, gram2=joined, formed=stores_a)
 
 

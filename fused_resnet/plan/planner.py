@@ -202,7 +202,7 @@ def _both(problem: ConvProblem, target: Target, first: bool, formed: bool) -> li
     """What was measured of our two gradients; empty where one was not, or does not fit."""
     found = []
     for kind in ("dgrad", "wgrad"):
-        entry = tables.lookup(problem, _pass_name(problem, kind, first, formed), target)
+        entry = tables.lookup(problem, staged_pass(problem, kind, first, formed), target)
         ours = None if entry is None or entry.us is None else entry.ours
         if entry is not None and ours is not None and supports(problem, kind, target, ours, formed=formed)[0]:
             found.append(entry)
@@ -216,7 +216,7 @@ def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Cho
         return Choice("vendor", reason)
     if target.interpreter:
         return Choice("fused", "the interpreter has configurations of its own", config)
-    measured = tables.lookup(problem, _pass_name(problem, kind, first), target)
+    measured = tables.lookup(problem, staged_pass(problem, kind, first), target)
     if measured is not None:
         if measured.config is None:
             return Choice("vendor", measured.reason)
@@ -231,7 +231,7 @@ def _choose(problem: ConvProblem, kind: str, target: Target, first: bool) -> Cho
     return Choice("fused", "a 1x1 convolution gains by its prologue and epilogue", config)
 
 
-def _pass_name(problem: ConvProblem, kind: str, first: bool, formed: bool = False) -> str:
+def staged_pass(problem: ConvProblem, kind: str, first: bool, formed: bool = False) -> str:
     """The pass as the staged route runs it: what its prologue and epilogue hold. ``formed``: from a formed dy."""
     if kind == "fprop":
         return tables.pass_name(kind, prologue=problem.is_pointwise and not first, epilogue=True)
