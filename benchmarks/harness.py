@@ -170,7 +170,7 @@ def child(arguments: argparse.Namespace) -> int:
     """One stage, in this process."""
     device = DryDevice() if arguments.dry else Device()
     context = Context(arguments.stage, arguments.out, arguments.deadline, arguments.marker, device, arguments.limit)
-    context.document["tuned"] = adopt(arguments.out)
+    context.document["tuned"] = not arguments.dry and adopt(arguments.out)
     stage = importlib.import_module(f"benchmarks.stages.{arguments.stage}")
     status = context.run(stage.items(context))
     finish = getattr(stage, "finish", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ import fused_resnet as fr
 from fused_resnet.explain import assumption_of, image_like
 from fused_resnet.plan.cost import Cost
 from fused_resnet.plan.route import use_route
-from fused_resnet.plan.target import H100, assume
-from fused_resnet.projection import FLOPS_OF_A_GEMM, GEMM, PASS, RATES, Rate
+from fused_resnet.plan.target import H100, PRESETS, assume
+from fused_resnet.projection import FLOPS_OF_A_GEMM, GEMM, PASS, RATES, Projection, Rate
 from fused_resnet.rehearsal import rehearse
 
 from . import records
@@ -121,10 +121,29 @@ def launches_off(folder: Path = records.FOLDER) -> float:
     return math.exp(apart[int(np.searchsorted(weights, QUANTILE * weights[-1]))][0]) - 1
 
 
+def compared(folder: Path = records.FOLDER) -> Iterator[tuple[records.Step, Projection]]:
+    """Every recorded step in a CUDA graph, where the host does not show, beside what is projected for it now."""
+    names = {target.name for target in PRESETS}
+    for (gpu, model, batch, dtype), by_candidate in records.newest(records.steps(folder)).items():
+        build = getattr(fr, model, None)
+        if gpu not in names or build is None or not {"graph", "ours graph"} & by_candidate.keys():
+            continue
+        with torch.device("meta"):
+            network = build().to(memory_format=torch.channels_last)
+        found = fr.explain(network, (batch, 3, 224, 224), dtype=getattr(torch, dtype), target=gpu)
+        for candidate, step in (("graph", found.eager), ("ours graph", found)):
+            if candidate in by_candidate and step.projected_us is not None:
+                yield by_candidate[candidate], step.projected_us
+
+
 def main() -> None:
     for name, rate in all_rates().items():
         print(f'    "{name}": Rate({", ".join(f"{value:g}" for value in rate)}),')
     print(f"single launches are within {launches_off():.2f}")
+    for step, us in compared():
+        low, middle, high = (time / 1e3 for time in us)
+        said = f"projected {middle:.2f} ms ({low:.2f} to {high:.2f}), recorded {step.us / 1e3:.2f}"
+        print(f"{step.gpu} {step.model}, {step.batch}, {step.candidate}: {said}, ratio {us.middle / step.us:.3f}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ OTHER = ("statistics",)
 SECTIONS = {
     "step": ("Training steps", ("model", "candidate", "images/s", "against the first", "peak GiB", "spread"), steps),
     "baselines": ("Baselines", ("model", "candidate", "images/s", "against the first", "peak GiB", "spread"), steps),
+    "autotune": ("Max-autotune", ("model", "candidate", "images/s", "against the first", "peak GiB", "spread"), steps),
     "tune": ("Tuned convolutions", ("pass", "ours, us", "vendor + passes", "floor", "faster"), tuned),
     "kernels": ("Kernels", ("kernel", "us", "floor", "x floor", "vendor + passes"), kernels),
     "layers": ("The vendor's convolutions", ("layer", "fprop, us", "dgrad", "wgrad", "floor"), layers),

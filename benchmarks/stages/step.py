@@ -32,7 +32,7 @@ def compare(
     theirs = networks.torchvision_resnet(depth, context.dry)
     ours = networks.fused_resnet(depth, context.dry)
     ours.load_state_dict(theirs.state_dict())
-    plan = [] if context.dry else planned(context, ours, batch, dtype)
+    plan: dict[str, Any] = {} if context.dry else planned(context, ours, batch, dtype)
     if not context.dry:  # in parallel, before anything holds the device
         ours = ours.to(context.device.name).to(memory_format=torch.channels_last)
         fr.warmup(ours, (batch, 3, 224, 224), dtype)
@@ -66,6 +66,8 @@ def compare(
     for name, peak in peaks.items():
         results[name]["peak_bytes"] = peak
     line = networks.line(results)
+    if plan.get("projected"):
+        line += f" | projected {plan['projected'].middle:.0f}/s"
     first = next(iter(losses.values()))
     apart = {name: max(abs(a / b - 1) for a, b in zip(values, first, strict=True)) for name, values in losses.items()}
     worst = max(apart.values())
@@ -74,9 +76,10 @@ def compare(
             "ok": worst <= LOSS_TOLERANCE and not failed, "line": line}  # fmt: skip
 
 
-def planned(context: Context, model: torch.nn.Module, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """What runs and why, operation by operation, with its floor and its projection."""
+def planned(context: Context, model: torch.nn.Module, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What runs and why, operation by operation, with its floor; and what was projected for it, in images/s."""
     found = fr.explain(model.to(memory_format=torch.channels_last), (batch, 3, 224, 224), dtype=dtype,
                        target=target_of(context))  # fmt: skip
     names = ("name", "source", "route", "reason", "launches", "bytes", "flops", "floor_us", "projected_us")
-    return [{name: getattr(row, name) for name in names} for row in found.rows if row.source != "eager"]
+    rows = [{name: getattr(row, name) for name in names} for row in found.rows if row.source != "eager"]
+    return {"projected": found.images_per_second, "rows": rows}

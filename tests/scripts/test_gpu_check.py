@@ -98,7 +98,8 @@ def test_what_only_a_gpu_s_run_does(stage: Any, tmp_path: Path) -> None:
         assert "error" not in result and result.get("ok", True), (name, result)
     if stage is step:
         plan = found.results["resnet50"]["plan"]
-        assert plan and {"route", "reason", "projected_us"} <= set(plan[0])
+        assert plan["rows"] and {"route", "reason", "projected_us"} <= set(plan["rows"][0])
+        assert f"| projected {plan['projected'].middle:.0f}/s" in found.results["resnet50"]["line"]
         assert fr.warmup.call_args.args[1:] == ((256, 3, 224, 224), torch.bfloat16)  # type: ignore[attr-defined]
 
 
