@@ -92,7 +92,8 @@ def _refuse(name: str, candidate: str, complaints: Sequence[str]) -> None:
 
 def _beside(benchmark: Any, timing: Timing, baseline: tuple[str, Timing] | None = None) -> None:
     floor = benchmark.extra_info["floor_us"]
-    benchmark.extra_info |= {"device_us": timing.us, "spread": timing.spread, "fraction_of_floor": floor / timing.us}
+    benchmark.extra_info |= {"device_us": timing.us, "spread": timing.spread, "fraction_of_floor": floor / timing.us,
+                             "samples": timing.to_dict()["samples"]}  # fmt: skip
     if baseline is not None:
         name, theirs = baseline
         benchmark.extra_info |= {"baseline": name, "baseline_us": theirs.us, "speedup": theirs.us / timing.us}
@@ -149,6 +150,8 @@ def _configuration(benchmark: Any, gpu: Machine, case: ConvCase | PassCase) -> A
 def _bench_module(benchmark: Any, gpu: Machine, case: BlockCase | ModelCase, candidate: str) -> None:
     device, how = gpu.device, HOW[candidate]
     if how.ours:
+        if how.route == "auto":
+            benchmark.extra_info["plan"] = modules.cost(case, gpu.target).plan
         _refuse(case.name, candidate, case.check(how, device))
         device.release()
     running = case.run(how, device)

@@ -66,12 +66,14 @@ class Running:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the fused way moves and computes, its floor (0 where the target has no rates), and eager's bytes."""
+    """What the fused way moves and computes, its floor (0 where the target has no rates), eager's bytes; ``plan``: the
+    routes that run and why."""
 
     flops: int
     bytes: int
     floor_us: float
     eager_bytes: int
+    plan: tuple[str, ...] = ()
 
 
 @cache
@@ -83,8 +85,9 @@ def cost(case: BlockCase | ModelCase, target: Target = H100) -> Cost:
     found = fr.explain(model, case.input_shape, target=target, training=case.training, optimizer=case.optimizer)
     rows = [row for row in found.rows if case.optimizer or row.name != "loss"]
     eager = [row for row in found.eager.rows if case.optimizer or row.name != "loss"]
-    return Cost(sum(row.flops for row in rows), sum(row.bytes for row in rows), sum(row.floor_us or 0 for row in rows),
-                sum(row.bytes for row in eager))  # fmt: skip
+    plan = dict.fromkeys(f"{row.route}: {row.reason}" for row in rows if row.source != "eager")
+    flops, nbytes = sum(row.flops for row in rows), sum(row.bytes for row in rows)
+    return Cost(flops, nbytes, sum(row.floor_us or 0 for row in rows), sum(row.bytes for row in eager), tuple(plan))
 
 
 @dataclass(frozen=True)
