@@ -24,7 +24,7 @@ from benchmarks.projections import projection_cases
 from benchmarks.registry import Entry
 from benchmarks.roles import cases
 from fused_resnet.plan.problem import ConvProblem
-from fused_resnet.plan.target import INTERPRETER
+from fused_resnet.plan.target import H100, INTERPRETER
 
 
 class Benchmark:
@@ -104,6 +104,16 @@ def test_peak_memory_s_benchmark() -> None:
     benchmark = Benchmark()
     measured.bench_memory(benchmark, DRY, registry.Entry("memory", modules.ModelCase(18), (), "none"), "ours")
     assert "GiB" in benchmark.group and benchmark.extra_info["peak_bytes"] and benchmark.timed
+
+
+def test_the_machine_has_the_rates_that_were_measured_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "Device", DryDevice)
+    monkeypatch.setattr(measured, "current", lambda device: H100)
+    monkeypatch.setattr(measured.facts, "copy_timing", lambda device: (2.5e12, None))
+    monkeypatch.setattr(measured.facts, "matmul_timing", lambda device, dtype: (6e14, None))
+    found = measured.machine()
+    assert found.target == replace(H100, bandwidth=2.5e12, matrix_rate=6e14)
+    assert set(found.facts) == set(measured.FACTS) and found.facts["torch"] == torch.__version__
 
 
 class TestRegistry:
