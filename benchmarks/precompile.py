@@ -43,8 +43,13 @@ class Ahead:
         workers = workers or max(1, min(15, (os.cpu_count() or 2) - 1))
         self._pool = ProcessPoolExecutor(workers, context, become_compiler, (capability,))
         self._futures: dict[tuple[ConvCase, Any], Future[str]] = {}
+        self.add(jobs)
+
+    def add(self, jobs: Iterable[tuple[ConvCase, Any]]) -> None:
+        """Begins these as well, if they have not begun."""
         for case, config in jobs:
-            self._futures[case, config] = self._pool.submit(compile_case, case, config)
+            if (case, config) not in self._futures:
+                self._futures[case, config] = self._pool.submit(compile_case, case, config)
 
     def wait(self, case: ConvCase, config: Any, timeout: float = 40) -> str:
         future = self._futures.get((case, config))

@@ -17,7 +17,8 @@ def shipped(document: dict[str, Any]) -> dict[str, Any]:
     """What goes into the package of a tune stage's file: the choices and where they come from, not every sample."""
     keep = ("gpu", "driver", "torch", "triton", "cuda", "cudnn", "commit", "date")
     facts = {key: document["facts"].get(key) for key in keep}
-    return {"version": document["version"], "gpu": document["gpu"], "facts": facts, "entries": document["entries"]}
+    found = {name: document.get(name, {}) for name in ("entries", "routes")}
+    return {"version": document["version"], "gpu": document["gpu"], "facts": facts, **found}
 
 
 def ship(source: Path, folder: Path = TUNED) -> Path:
@@ -35,26 +36,30 @@ def ship(source: Path, folder: Path = TUNED) -> Path:
         for key, passes in table["entries"].items():
             entries[key] = {**entries.get(key, {}), **passes}
         table["entries"] = entries
+        table["routes"] = {**before.get("routes", {}), **table["routes"]}
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(_compact(table))
     return target
 
 
 def _compact(table: dict[str, Any]) -> str:
-    """JSON with a line per pass: a diff of two tables reads well."""
+    """JSON with a line per pass and per block: a diff of two tables reads well."""
     lines = []
     for key, passes in sorted(table["entries"].items()):
         rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(passes.items()))
         lines.append(f"  {json.dumps(key)}: {{\n{rows}}}")
-    head = {name: value for name, value in table.items() if name != "entries"}
-    return json.dumps(head)[:-1] + ', "entries": {\n' + ",\n".join(lines) + "\n}}\n"
+    head = {name: value for name, value in table.items() if name not in ("entries", "routes")}
+    routes = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(table["routes"].items()))
+    text = json.dumps(head)[:-1] + ', "entries": {\n' + ",\n".join(lines) + "\n}"
+    return text + (f', "routes": {{\n{routes}\n}}' if routes else "") + "}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tune",
-        description="Measures candidate configurations of every convolution of ResNet-50 and ResNet-18 on this GPU, "
-        "the costliest first, and writes fused_resnet/plan/tuned/<gpu>.json. Interrupted, it goes on where it was.",
+        description="Measures candidate configurations of every convolution of the ResNet family on this GPU, and each "
+        "block by its routes: ResNet-50 at batch 256 first, then what should gain most. Writes "
+        "fused_resnet/plan/tuned/<gpu>.json. Interrupted, or out of time, it goes on where it was when called again.",
     )
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "tune", help="folder of the full measurements")

@@ -1,7 +1,8 @@
-"""Measures the candidate configurations of every pass of every layer, the costliest first, and writes a table.
+"""Measures the candidate configurations of every pass of every layer of the ResNet family, and each block's routes.
 
-``tuned.json`` is a table of ``fused_resnet/plan/tables.py`` as it stands: each entry holds the fastest configuration
-whose results are right, its time, and the vendor's beside it. The planner takes whichever was faster.
+ResNet-50 at batch 256 goes first, then what should gain most (``family``). ``tuned.json`` is a table of
+``fused_resnet/plan/tables.py`` as it stands: each entry holds the fastest configuration whose results are right, its
+time, and the vendor's beside it. The planner takes whichever was faster.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fused_resnet.launch.record import record_launches
-from fused_resnet.plan import tables
-from fused_resnet.plan.config import GemmConfig
-from fused_resnet.plan.target import Target
+import torch
 
+from fused_resnet.launch.record import record_launches
+from fused_resnet.plan import store, tables
+from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.plans import ChainProblem
+from fused_resnet.plan.store import Remembered
+from fused_resnet.plan.target import Target
+from fused_resnet.tuning.measure import ChainTuner
+from fused_resnet.tuning.stopwatch import Step, Stopwatch
+
+from .. import family
 from ..cases import ConvCase
 from ..harness import Context, Item, failure
 from ..precompile import Ahead
@@ -22,6 +30,8 @@ from ..timing import floor_us, interleave, rotation
 from .kernels import conv_cases, target_of
 
 FINALISTS = 3
+AHEAD = 24
+"""So many cases begin to be compiled before the first of them is measured."""
 PATIENCE = 50
 """Seconds that a case waits for the compilations of its candidates; the rest is left out."""
 
@@ -31,16 +41,58 @@ def items(context: Context) -> Iterator[Item]:
     facts = context.document["facts"]
     context.document |= {"version": tables.VERSION, "gpu": facts.get("gpu"), "facts": facts}
     context.document.setdefault("entries", {})
-    todo = [case for case, _ in conv_cases(context, (50, 18)) if case.name not in context.results]
-    ahead = None
-    if not context.dry:
-        ahead = Ahead(((case, config) for case in todo for config in _candidates(context, case, target)), target.sm)
+    context.document.setdefault("routes", {})
+    networks = family.TINY if context.dry else family.FAMILY
+    todo = [work for work in family.work(networks, target) if work.name not in context.results]
+    ahead = None if context.dry else Ahead((), target.sm)
     try:
-        for case in todo:
-            yield case.name, lambda c=case: _tune(context, c, target, ahead)
+        for i, work in enumerate(todo):
+            if ahead is not None:
+                soon = [later.case for later in todo[i : i + AHEAD] if later.case is not None]
+                ahead.add((case, config) for case in soon for config in _candidates(context, case, target))
+            if work.case is not None:
+                yield work.name, lambda c=work.case: _tune(context, c, target, ahead)
+            elif work.chain is not None:
+                yield work.name, lambda c=work.chain: _routes(context, c, target)
     finally:
         if ahead is not None:
             ahead.stop()
+
+
+class _Clock(Stopwatch):
+    """The stage's device, as the package's tuner asks for one."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(torch.device(context.device.name))
+        self.of = context.device
+
+    def mark(self) -> Any:
+        event = self.of.event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        self.of.synchronize()
+
+    def hold(self, seconds: float) -> None:
+        self.of.hold(min(seconds, 0.2))
+
+    def pool(self) -> Any:
+        return None
+
+    def captured(self, step: Step, pool: Any) -> Step:
+        return self.of.capture(step)
+
+
+def _routes(context: Context, chain: ChainProblem, target: Target) -> dict[str, Any]:
+    """A block forward and backward by every route that it has, with the configurations found so far."""
+    tables.install(target.name, target.sm, context.document)
+    lines: list[str] = []
+    found = Remembered(store.identity(target))
+    tuner = ChainTuner(chain, target, torch.device(context.device.name), _Clock(context), found, found, lines.append)
+    tuner.routes()
+    context.document["routes"] |= found.routes
+    return {"routes": next(iter(found.routes.values())), "said": lines, "line": "; ".join(lines)}
 
 
 def _candidates(context: Context, case: ConvCase, target: Target) -> list[GemmConfig]:

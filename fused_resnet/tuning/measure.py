@@ -62,7 +62,7 @@ class ChainTuner:
             if whole.gram is not None:
                 self._best(whole, "gram")
                 self._install()
-        self._routes()
+        self.routes()
         self._install()
 
     def _install(self) -> None:
@@ -187,7 +187,8 @@ class ChainTuner:
             for name in names[1]:
                 entries[name]["before_us"] = round(share, 2)
 
-    def _routes(self) -> None:
+    def routes(self) -> None:
+        """The whole chain by every route that it can take, as plans stand now."""
         steps = {}
         for route in MEASURED_ROUTES:
             step = self.step.by_route(route)

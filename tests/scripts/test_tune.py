@@ -1,0 +1,160 @@
+"""What scripts/tune measures and in which order; that it fits its time, goes on where it was, and ships what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_resnet as fr
+from benchmarks import family, harness, problems, ship
+from benchmarks.device import ROOT, DryDevice
+from benchmarks.stages import tune
+from fused_resnet.explain import image_like
+from fused_resnet.plan import planner, store, tables
+from fused_resnet.plan.defaults import choices
+from fused_resnet.plan.target import H100
+from fused_resnet.tuning.tune import chains_of
+from tests.shipped import NETWORKS
+
+quick = pytest.mark.quick
+
+
+@quick
+def test_resnet_50_goes_first_then_what_should_gain_most() -> None:
+    found = family.work(family.FAMILY, H100)
+    assert len({work.name for work in found}) == len(found) > 1000
+    mine = {name for layer in problems.layers(50) for name in map(family.name_of, family.cases(layer))}
+    mine |= {family.name_of_chain(chain) for chain in problems.blocks(50)}
+    assert {work.name for work in found[: len(mine)]} == mine
+    later = [work.gain for work in found[len(mine) :]]
+    assert later == sorted(later, reverse=True) and later[0] > 0
+    kinds = [work.case is not None for work in found[: len(mine)]]
+    assert kinds == sorted(kinds, reverse=True), "routes are measured with the configurations found before"
+
+
+@quick
+def test_the_family_is_whole() -> None:
+    assert {network.batch for network in family.FAMILY} == {32, 64, 128, 256, 512}
+    assert {network.depth for network in family.FAMILY} == {18, 34, 50, 101, 152}
+    kinds = {(network.depth, network.base_width, network.groups) for network in family.FAMILY}
+    assert kinds >= {(50, 128, 1), (101, 128, 1), (50, 4, 32), (101, 8, 32), (101, 4, 64)}
+    assert all(network.dtype in ("bfloat16", "float16") for network in family.FAMILY)
+    assert family.FAMILY[0] == family.FIRST == family.Network(50, 256)
+
+
+@quick
+@pytest.mark.parametrize(
+    ("build", "more"), [(fr.resnet18, {}), (fr.resnext50_32x4d, {"base_width": 4, "groups": 32})], ids=["18", "next"]
+)
+def test_the_blocks_are_those_of_the_network(build: Any, more: dict[str, int]) -> None:
+    """Those that the models of this package make."""
+    depth = 18 if build is fr.resnet18 else 50
+    model = build().to("meta")
+    images = [image_like((2, 3, 64, 64), torch.bfloat16)]
+    expected = chains_of(model, images, torch.bfloat16, True, H100)
+    expected = Counter({chain: count for chain, count in expected.items() if len(chain.convs) > 1})
+    assert problems.blocks(depth, 2, 64, **more) == expected
+
+
+@quick
+def test_a_gain_follows_what_was_measured() -> None:
+    case = next(work.case for work in family.work((family.FIRST,), H100) if work.case and work.case.kind == "dgrad")
+    entry = tables.lookup(case.problem, case.variant, H100)
+    assert entry is not None and entry.us is not None and entry.floor_us is not None
+    assert family.predicted_gain_us(case, H100) == pytest.approx(entry.us - entry.floor_us)
+    unknown = replace(case, problem=replace(case.problem, H=5, W=5))
+    assert family.predicted_gain_us(unknown, H100) > 0
+
+
+def _tile(config: Any) -> tuple[Any, ...]:
+    fields = config.to_dict()
+    return tuple(value for name, value in fields.items() if name != "split")
+
+
+@quick
+def test_whatever_the_family_would_run_unmeasured_is_compiled_by_the_audit() -> None:
+    """Its tile, for a filter and a stride like that: the audit compiles all choices of the networks that it knows."""
+    audited = set()
+    for network in NETWORKS:
+        for layer in problems.layers(**network):
+            p = layer.problem
+            for kind in ("fprop", "dgrad", "wgrad"):
+                audited |= {(kind, p.R, p.stride, _tile(config)) for config in choices(p, kind, H100)}
+    chosen = set()
+    for network in family.FAMILY:
+        for layer in problems.layers(*network):
+            p = layer.problem
+            if p.groups == 1 and layer.role != "stem":
+                for kind in ("fprop", "dgrad", "wgrad"):
+                    chosen.add((kind, p.R, p.stride, _tile(planner.default_config(p, kind, H100))))
+    assert len(chosen) > 20 and chosen <= audited
+
+
+def scripts_tune(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/tune", "--dry", "--out", str(out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def context(out: Path, limit: int = 0) -> harness.Context:
+    return harness.Context("tune", out, time.time() + 300, out / "marker", DryDevice(), limit)
+
+
+def test_passes_and_routes_are_measured_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage itself, on one pass and two blocks, one of them with groups; then again, with nothing left to do."""
+    found = family.work(family.TINY, tune.target_of(context(tmp_path)))
+    blocks = [work for work in found if work.chain is not None]
+    groups = next(work for work in blocks if any(conv.groups > 1 for conv in work.chain.convs))  # type: ignore[union-attr]
+    few = [next(work for work in found if work.case is not None), blocks[0], groups]
+    monkeypatch.setattr(family, "work", lambda *_: few)
+    stage = context(tmp_path)
+    assert stage.run(tune.items(stage)) == 0
+    assert list(stage.results) == [work.name for work in few]
+    assert not any("error" in result for result in stage.results.values()), stage.results
+    for work in few[1:]:
+        times = stage.document["routes"][tables.chain_key(work.chain)]["us"]  # type: ignore[arg-type]
+        assert {"staged", "reference"} <= set(times)
+    assert len(stage.document["entries"]) == 1
+    assert not list(tune.items(context(tmp_path)))
+    store.forget()
+
+
+@pytest.mark.slow
+def test_the_command_fits_its_time_prints_each_result_and_goes_on(tmp_path: Path) -> None:
+    first = scripts_tune(tmp_path, "--minutes", "0.35")
+    assert first.returncode == 0, first.stderr
+    done = json.loads((tmp_path / "tuned.json").read_text())
+    assert done["results"] and "out of time before" in first.stdout
+    for name, result in done["results"].items():
+        assert "error" not in result, (name, result)
+        assert f"[tune] {name}: " in first.stdout
+    again = scripts_tune(tmp_path, "--minutes", "0.35")
+    more = json.loads((tmp_path / "tuned.json").read_text())["results"]
+    assert set(done["results"]) < set(more)
+    assert not any(f"[tune] {name}: " in again.stdout for name in done["results"])
+
+
+@quick
+def test_what_is_shipped_holds_routes_too(tmp_path: Path) -> None:
+    route = {"us": {"staged": 3.0, "gram": 2.0}, "source": "a test"}
+    entry = {"config": None, "us": None, "vendor_us": 5.0, "passes_us": 0.0, "floor_us": 4.0, "source": "a test"}
+    document: dict[str, Any] = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {}}
+    document |= {"entries": {"one": {"fprop": entry}}, "routes": {"a block": route}}
+    source = tmp_path / "tuned.json"
+    source.write_text(json.dumps(document))
+    ship.ship(source, tmp_path / "shipped")
+    document["routes"] = {"another": route}
+    source.write_text(json.dumps(document))
+    written = json.loads(ship.ship(source, tmp_path / "shipped").read_text())
+    assert set(tables.parse_routes(written)) == {"a block", "another"}
+    assert tables.parse(written)["one"]["fprop"].vendor_us == 5.0
