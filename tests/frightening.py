@@ -122,14 +122,19 @@ def constant_and_dead(dtype: torch.dtype, make: Make = identity_block) -> Block:
     return block
 
 
-def correlated(dtype: torch.dtype, make: Make = identity_block) -> Block:
-    """Channels of the last convolution's input that share most of what they are."""
+def correlated(dtype: torch.dtype, make: Make = identity_block, own: float = 0.5) -> Block:
+    """Channels of the last convolution's input that share most of what they are; ``own``: how much they do not."""
     block = make(dtype)
     weight = block.layers[1].weight
-    weight.copy_((weight[:1] + 0.5 * weight).to(dtype))
+    weight.copy_((weight[:1] + own * weight).to(dtype))
     block.layers[1].gamma.fill_(1.0)
     block.layers[1].beta.fill_(0.1)
     return block
+
+
+def nearly_equal(dtype: torch.dtype, make: Make = identity_block) -> Block:
+    """Channels a hundredth apart."""
+    return correlated(dtype, make, own=0.01)
 
 
 def orthogonal(dtype: torch.dtype, make: Make = identity_block) -> Block:
@@ -169,6 +174,7 @@ SCENARIOS: dict[str, Make] = {
     "gammas": odd_gammas,
     "constant and dead channels": constant_and_dead,
     "correlated channels": correlated,
+    "nearly equal channels": nearly_equal,
     "filters orthogonal to the data": orthogonal,
     "many rows": long,
     "odd sizes": odd_sizes,

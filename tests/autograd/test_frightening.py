@@ -23,12 +23,18 @@ pytestmark = [
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 SPANNED = (
-    "A∘W is rounded once, which turns filters that span four directions out of them; eager rounds dy, and its error "
-    "stays in their span: 1.13 and 1.16 times eager's, where 1.10 are allowed"
+    "A∘W is rounded once, which turns the filters a little; eager rounds dy, and its error stays in the filters' span. "
+    "Alone in float64 that makes errors of da alike (0.9 to 1.3 times eager's); but where the filters of large A are "
+    "orthogonal to what the channels share, the convolution below passes on what left their span, and little else (2.6 "
+    "to 12 times). dx: 1.13 to 1.6, where 1.10 are allowed. With everything but A∘W exact (V, P, bias, sums) dx stays; "
+    "with A∘W exact too it is at 0.85 to 1.10. A second term of A∘W would cost dgrad two thirds more products, "
+    "A on load a prologue of dz, for every input"
 )
 KNOWN = {
     ("filters orthogonal to the data", "bfloat16", "identity"): SPANNED,
     ("filters orthogonal to the data", "bfloat16", "projection"): SPANNED,
+    ("nearly equal channels", "bfloat16", "projection"): SPANNED,
+    ("nearly equal channels", "float16", "identity"): SPANNED,
 }
 """Where the rule refuses the Gram route, and why."""
 DRAWS = {("filters orthogonal to the data", "float32"): 3}
@@ -81,7 +87,8 @@ def test_few_rows(count: int, dtype: str) -> None:
     Of two or four rows some channels hold values so close together that y's last digits are all that BatchNorm leaves:
     then any two correct float32 results differ by several times their error.
     """
-    frightening.rows(count)(DTYPES[dtype]).check(strict=count >= 8, float32_factor=10.0 if count < 8 else 2.0)
+    factor = {2: 10.0, 4: 5.0}.get(count, 2.0)
+    frightening.rows(count)(DTYPES[dtype]).check(strict=count >= 8, float32_factor=factor)
 
 
 @pytest.mark.parametrize("route", ["gram", "staged", "reference"])
