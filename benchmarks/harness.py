@@ -162,7 +162,11 @@ def adopt(out: Path) -> bool:
     if not tuned or not tuned.get("entries") or found is None:
         return False
     store.load()  # first: what is installed later goes before it
-    tables.install(found.name, found.sm, tuned)
+    try:
+        tables.install(found.name, found.sm, tuned)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        print(f"{path_of(out, 'tune')} is damaged ({type(error).__name__}: {error}): the shipped tables are followed")
+        return False
     return True
 
 

@@ -19,7 +19,7 @@ from fused_resnet.plan.target import INTERPRETER, Target, current
 
 from .. import passes, problems
 from ..cases import ConvCase
-from ..harness import Context, Item, read
+from ..harness import Context, Item
 from ..precompile import Ahead
 from ..roles import cases
 from ..timing import floor_us, interleave, rotation
@@ -49,23 +49,20 @@ def conv_cases(context: Context, depths: tuple[int, ...] = (50,)) -> list[tuple[
     return sorted(found.items(), key=lambda item: -item[1] * problems.conv_bytes(item[0].problem))
 
 
-def config_for(context: Context, case: ConvCase, target: Target) -> GemmConfig:
+def config_for(case: ConvCase, target: Target) -> GemmConfig:
     """What was tuned for this GPU, here or in the shipped table; else the planner's default."""
-    tuned = read(context.out / "tuned.json")
-    name = target.name
-    for table in ([{tables.gpu_slug(name): tables.parse(tuned)}] if tuned else []) + [tables.TABLES]:
-        entry = tables.lookup(case.problem, case.variant, name, table)
-        ours = None if entry is None else entry.ours
-        formed = case.formed or case.gram
-        if ours is not None and supports(case.problem, case.kind, target, ours, formed=formed)[0]:
-            return ours
+    entry = tables.lookup(case.problem, case.variant, target)
+    ours = None if entry is None else entry.ours
+    formed = case.formed or case.gram
+    if ours is not None and supports(case.problem, case.kind, target, ours, formed=formed)[0]:
+        return ours
     return case.candidates(target)[0]
 
 
 def items(context: Context) -> Iterator[Item]:
     target = target_of(context)
     todo: list[tuple[Any, Any]] = [(case, case.config(target.sm_count)) for case in passes.cases(context.dry)]
-    todo += [(case, config_for(context, case, target)) for case, _ in conv_cases(context)]
+    todo += [(case, config_for(case, target)) for case, _ in conv_cases(context)]
     todo = [(case, config) for case, config in todo if case.name not in context.results]
     ahead = None
     if not context.dry:

@@ -154,3 +154,16 @@ def test_the_steps_follow_what_was_tuned_before_them(tmp_path: Path, monkeypatch
         assert found is not None and found.source == "just now"
     finally:
         store.forget()
+
+
+def test_a_damaged_table_is_passed_over_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(target, "current", lambda device: target.H100)
+    path = harness.path_of(tmp_path, "tune")
+    path.write_text('{"version": 1, "entries"')
+    assert not harness.adopt(tmp_path)
+    harness.write(path, {"version": tables.VERSION, "entries": {"one": {"fprop": {"config": {"tile": 3}}}}})
+    assert not harness.adopt(tmp_path)
+    assert "tuned.json is damaged (TypeError" in capsys.readouterr().out
