@@ -1,4 +1,4 @@
-"""What scripts/tune measures and in which order; that it fits its time, goes on where it was, and ships what it found."""
+"""What scripts/tune measures and in which order; it fits its time, goes on where it was, and ships what it found."""
 
 from __future__ import annotations
 
