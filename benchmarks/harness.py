@@ -26,12 +26,12 @@ from typing import Any
 from .device import ROOT, Device, DryDevice
 
 STAGES = {
-    "facts": (0.5, 40),
+    "facts": (1.0, 40),
     "blocks": (1.5, 60),
     "kernels": (2.0, 90),
     "tune": (2.5, 90),
     "step": (1.0, 100),
-    "models": (2.0, 60),
+    "models": (1.5, 60),
     "baselines": (1.5, 80),
     "profile": (1.0, 60),
     "routes": (1.0, 40),

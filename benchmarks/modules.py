@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
+from fused_resnet.explain import GLUE
 from fused_resnet.plan.target import H100, Target
 
 from . import errors, networks
@@ -76,15 +77,29 @@ class Cost:
     plan: tuple[str, ...] = ()
 
 
+class _Inside(nn.Module):
+    """A block as it stands in a network: its input is of 16 bits already, and needs a gradient."""
+
+    def __init__(self, block: nn.Module, gradient: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=gradient)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block((x * self.scale).to(torch.bfloat16))
+
+
 @cache
 def cost(case: BlockCase | ModelCase, target: Target = H100) -> Cost:
-    """Counted without data, as planned for ``target``, whatever this machine has."""
+    """Counted without data, as planned for ``target``, whatever this machine has. Of a block without what is around."""
+    whole = isinstance(case, ModelCase)
     with torch.device("meta"):
         model = case.build(ours=True)
+        model = model if isinstance(case, ModelCase) else _Inside(model, case.needs_input_gradient)
     model.to(memory_format=torch.channels_last).train(case.training)
     found = fr.explain(model, case.input_shape, target=target, training=case.training, optimizer=case.optimizer)
-    rows = [row for row in found.rows if case.optimizer or row.name != "loss"]
-    eager = [row for row in found.eager.rows if case.optimizer or row.name != "loss"]
+    rows, eager = ([row for row in step.rows if whole or row.name.startswith(("block", GLUE))]
+                   for step in (found, found.eager))  # fmt: skip
     plan = dict.fromkeys(f"{row.route}: {row.reason}" for row in rows if row.source != "eager")
     flops, nbytes = sum(row.flops for row in rows), sum(row.bytes for row in rows)
     return Cost(flops, nbytes, sum(row.floor_us or 0 for row in rows), sum(row.bytes for row in eager), tuple(plan))
@@ -112,6 +127,11 @@ class BlockCase:
     def input_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.inplanes, self.side, self.side
 
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Images need none."""
+        return self.training and self.kind != "Stem"
+
     def tiny(self) -> BlockCase:
         """What a rehearsal runs."""
         inplanes, planes = (max(4, c // 32) for c in (self.inplanes, self.planes))
@@ -127,7 +147,7 @@ class BlockCase:
         module = self.build(how.ours).to(device.name).to(memory_format=torch.channels_last).train(self.training)
         before = device.allocated()
         x = image(*self.input_shape, torch.bfloat16 if half else torch.float32, device.name)
-        x.requires_grad_(self.training)
+        x.requires_grad_(self.needs_input_gradient)
         forward = module if (options := how.options(device.dry)) is None else torch.compile(module, **options)
 
         def step(dout: torch.Tensor | None = None) -> torch.Tensor:

@@ -135,6 +135,12 @@ class TestRegistry:
             cost = entry.cost()
             assert cost.bytes > 0 and cost.floor_us > 0 and cost.eager_bytes >= cost.bytes, entry.name
 
+    def test_a_block_costs_what_it_costs_on_paper(self) -> None:
+        """138 passes over p-wide tensors eagerly, half as many by the Gram route; the input's gradient is counted."""
+        cost, unit = modules.cost(modules.BLOCKS[0]), 2 * 256 * 56 * 56 * 64
+        assert cost.eager_bytes / unit == pytest.approx(138, rel=0.01)
+        assert 58 < cost.bytes / unit < 72 and cost.plan[0].startswith("gram")
+
     def test_every_benchmark_of_a_gpu_is_the_registry_s(self) -> None:
         files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"bench_plan"}
         for name in files:
