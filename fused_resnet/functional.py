@@ -37,7 +37,7 @@ from .arguments import (
     memory_options,
 )
 from .autograd import bn_act as bn_act_op
-from .autograd import chain
+from .autograd import chain, preflight
 from .autograd import stem as stem_op
 from .plan import planner
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
@@ -159,7 +159,7 @@ def stem(
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route)
     keep = _needs_grad(x, *_parameters((conv, bn)))
-    text, planned, reason = planner.chain_plan_text(
+    text, planned, reason = preflight.chain_plan_text(
         x.device,
         _dtype_name(dtype),
         _size(x, request),
@@ -170,6 +170,7 @@ def stem(
         bn.training,
         keep,
         request.route,
+        parameters=_dtype_name(weight.dtype),
     )
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
         _count(bn)
@@ -219,7 +220,7 @@ def run_chain(
     if len(training) > 1:
         return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
     request = _request(route)
-    text, planned, reason = planner.chain_plan_text(
+    text, planned, reason = preflight.chain_plan_text(
         x.device,
         _dtype_name(dtype),
         _size(x, request),
@@ -231,6 +232,7 @@ def run_chain(
         _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
         *memory,
+        parameters=_dtype_name(layers[0][0].weight.dtype),
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
         return _reference_chain(x, layers, projection, residual, kind, relu)
