@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import compiling
+from fused_resnet import compiling, jobs
 from fused_resnet.compile_worker import Job, TensorArgument
 from fused_resnet.explain import assumption_of, image_like
 from fused_resnet.plan.target import assume
@@ -96,5 +96,5 @@ def test_what_does_not_compile_is_named() -> None:
 @pytest.mark.quick
 def test_a_described_tensor_keeps_what_decides_the_code() -> None:
     for t in (torch.empty(8), torch.empty(8, dtype=torch.bfloat16)[1:], torch.empty(8, device="meta")[4:]):
-        built = compiling._described(t).build()
+        built = jobs.described(t).build()
         assert (built.dtype, built.data_ptr() % 16 == 0) == (t.dtype, t.data_ptr() % 16 == 0)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from ..autograd.preflight import rehearse_chain
+from ..jobs import Jobs, compile_all
+from ..launch.record import rehearse_launches
 from ..plan import planner, tables
 from ..plan.config import GemmConfig
 from ..plan.estimate import floor_us
 from ..plan.plans import ChainProblem, Plan, decode
 from ..plan.route import RouteUnavailableError
 from ..plan.store import Remembered
-from ..plan.target import Target
+from ..plan.target import Target, interpreted
 from .chain import ChainStep, why_wrong
 from .slots import Slot, by_vendor, convs, ours, slots, with_conv
 from .stopwatch import Stopwatch
@@ -77,8 +81,12 @@ class ChainTuner:
         """The plan with the fastest right candidate in each place whose name holds ``word``, noted with its time."""
         places = [slot for slot in slots(plan, self.target) if word in slot.pass_]
         times: list[dict[GemmConfig, float]] = [{} for _ in places]
-        for turn in range(max((len(slot.candidates) for slot in places), default=0)):
-            chosen = {i: slot.candidates[turn] for i, slot in enumerate(places) if turn < len(slot.candidates)}
+        turns = [
+            {i: slot.candidates[turn] for i, slot in enumerate(places) if turn < len(slot.candidates)}
+            for turn in range(max((len(slot.candidates) for slot in places), default=0))
+        ]
+        compile_ahead([_put(plan, places, chosen) for chosen in turns], self.target, self.step.parameter_dtype)
+        for chosen in turns:
             self._try(plan, places, chosen, times)
         for slot, found in zip(places, times, strict=True):
             if found:
@@ -92,10 +100,7 @@ class ChainTuner:
         self, plan: Plan, places: Sequence[Slot], chosen: Mapping[int, GemmConfig], times: list[dict[GemmConfig, float]]
     ) -> None:
         """Times the chosen candidates together; if that goes wrong each alone, so that the wrong one is named."""
-        tried = plan
-        for i, config in chosen.items():
-            tried = places[i].put(tried, config)
-        complaint = self._time(tried, places, chosen, times)
+        complaint = self._time(_put(plan, places, chosen), places, chosen, times)
         if complaint and len(chosen) > 1:
             for i, config in chosen.items():
                 self._try(plan, places, {i: config}, times)
@@ -206,6 +211,24 @@ class ChainTuner:
         key = tables.chain_key(self.problem)
         self.found.routes[key] = {"us": times, "source": self.source}
         self.say(tables.RouteTimes(times, self.source).reason)
+
+
+def _put(plan: Plan, places: Sequence[Slot], chosen: Mapping[int, GemmConfig]) -> Plan:
+    for i, config in chosen.items():
+        plan = places[i].put(plan, config)
+    return plan
+
+
+def compile_ahead(plans: Sequence[Plan], target: Target, parameters: torch.dtype) -> None:
+    """Compiles in parallel what steps by these plans launch. What does not compile says so when it is tried."""
+    if interpreted():
+        return
+    jobs = Jobs()
+    for plan in plans:
+        with rehearse_launches(jobs.collect), torch.no_grad():
+            rehearse_chain(plan.encode(), parameters)
+    with suppress(RuntimeError):
+        compile_all(jobs.distinct, target.sm)
 
 
 def _tile(config: GemmConfig) -> str:

@@ -285,3 +285,25 @@ def test_without_a_gpu_it_says_that_it_cannot_measure(monkeypatch: pytest.Monkey
     with fr.use_route("reference"), pytest.warns(UserWarning, match="reference route was asked for"):
         fr.warmup(network(), (1, 32, 6, 6), torch.float16, tune=True)
     assert not place.exists()
+
+
+def test_candidates_are_compiled_ahead_each_piece_of_code_once(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Any]] = []
+
+    def compile_all(jobs: list[Any], capability: int) -> None:
+        asked.append(jobs)
+        assert capability == HERE.sm
+        raise RuntimeError("1 kernels do not compile")
+
+    monkeypatch.setattr(measure, "compile_all", compile_all)
+    monkeypatch.setattr(measure, "interpreted", lambda: False)
+    found, _ = run(Clock(by_width, {"staged": 1.0}), {ONE: 1})
+    assert len(asked) == 2, "on load, and with dy formed before"
+    for jobs in asked:
+        described = [(job.kernel, str(job.arguments), str(job.options)) for job in jobs]
+        assert len(set(described)) == len(described)
+    blocks = {job.arguments["BLOCK_M"] for job in asked[0] if job.kernel == "conv_fprop_kernel"}
+    plan = slots.ours(planner.plan_chain(ONE, HERE, "staged"), HERE, formed=False)
+    (fprop,) = (slot for slot in slots.slots(plan, HERE) if slot.kind == "fprop")
+    assert blocks == {config.block_m for config in fprop.candidates}
+    assert found.routes, "what does not compile is found out when it is tried"
