@@ -46,17 +46,17 @@ class BatchNorm(NamedTuple):
 
 def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
     """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
-    updates = module.training and module.track_running_stats
-    uses_running = not module.training or module.track_running_stats
+    training, tracks = module.training, module.track_running_stats
+    mean, var = module.running_mean, module.running_var
     return BatchNorm(
         module.weight,
         module.bias,
-        module.running_mean if uses_running else None,
-        module.running_var if uses_running else None,
-        module.num_batches_tracked if updates else None,
+        mean if tracks or not training else None,
+        var if tracks or not training else None,
+        module.num_batches_tracked if tracks and training else None,
         module.momentum,
         module.eps,
-        module.training or (module.running_mean is None and module.running_var is None),
+        training or (mean is None and var is None),
     )
 
 
@@ -90,7 +90,7 @@ def check_layer(
         raise ValueError(f"expected 4D input (got {len(shape)}D input)")
     n, ci, h, w = shape
     weight = conv.weight
-    if weight.dim() != 4:
+    if len(weight.shape) != 4:
         raise ValueError(f"{name}: the weight must be [Co, Ci / groups, R, S], got shape {tuple(weight.shape)}")
     co, ci_per_group, r, s = weight.shape
     if conv.groups < 1 or co % conv.groups or ci != ci_per_group * conv.groups:
@@ -103,10 +103,10 @@ def check_layer(
     if weight.dtype != dtype and not is_autocast(device):
         raise TypeError(f"{name}: the input is {dtype} and the weight {weight.dtype}; use autocast, or one dtype")
     (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
-    if min(sh, sw, dh, dw) < 1 or min(ph, pw) < 0:
+    if sh < 1 or sw < 1 or dh < 1 or dw < 1 or ph < 0 or pw < 0:
         raise ValueError(f"{name}: stride and dilation must be at least 1 and padding at least 0, got {conv[1:4]}")
     p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
-    if min(p, q) < 1:
+    if p < 1 or q < 1:
         raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
     check_bn(bn, co, device, name)
     if bn.training:
@@ -123,16 +123,18 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
         raise TypeError(f"expected a floating-point residual, got {residual.dtype}")
 
 
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def check_bn(bn: BatchNorm, channels: int, device: torch.device, name: str) -> None:
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        t = getattr(bn, field)
+    for field, t in zip(VECTORS, (bn.weight, bn.bias, bn.running_mean, bn.running_var), strict=True):
         if t is None:
             continue
-        if tuple(t.shape) != (channels,):
+        if t.shape != (channels,):
             raise ValueError(f"{name}: the BatchNorm's {field} must have shape ({channels},), got {tuple(t.shape)}")
         if not t.is_floating_point():
             raise TypeError(f"{name}: the BatchNorm's {field} must be floating-point, got {t.dtype}")
-        if field.startswith("running") and not t.is_contiguous():
+        if not t.is_contiguous() and field.startswith("running"):
             raise ValueError(f"{name}: the BatchNorm's {field} must be contiguous, got strides {t.stride()}")
         if t.device != device:
             raise ValueError(f"{name}: the input is on {device} and the BatchNorm's {field} on {t.device}")

@@ -184,6 +184,11 @@ def stem(
 # ---------------------------------------------------------------- the chain
 
 
+NAMES = ("conv1", "conv2", "conv3")
+NOTHING = (None,) * len(chain.FIELDS)
+"""The tensors of a projection that is not there."""
+
+
 def run_chain(
     x: Tensor,
     layers: Sequence[tuple[Conv, BatchNorm]],
@@ -197,16 +202,15 @@ def run_chain(
 ) -> Tensor:
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
-    dtype = _compute_dtype(x)
+    dtype, device = _compute_dtype(x), x.device
     check_image(x)
-    shape = tuple(x.shape)
-    for i, (conv, bn) in enumerate(layers):
-        shape = check_layer(shape, dtype, x.device, conv, bn, f"conv{i + 1}")
-    shortcut = tuple(x.shape)
+    shape = shortcut = tuple(x.shape)
+    for name, (conv, bn) in zip(NAMES, layers, strict=False):
+        shape = check_layer(shape, dtype, device, conv, bn, name)
     if projection is not None:
-        shortcut = check_layer(tuple(x.shape), dtype, x.device, *projection, "projection")
+        shortcut = check_layer(shortcut, dtype, device, *projection, "projection")
     elif residual is not None:
-        check_residual(residual, shape, x.device)
+        check_residual(residual, shape, device)
         shortcut = shape
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
     if kind != "none" and shortcut != shape:
@@ -215,20 +219,21 @@ def run_chain(
     if _widens(added, dtype):
         return _add(run_chain(x, layers, relu=False, memory=memory, route=route), added, relu)
 
-    everything = [*layers, *([projection] if projection else [])]
-    training = {bn.training for _, bn in everything}
-    if len(training) > 1:
-        return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
+    everything = [*layers, projection] if projection else layers
+    training = everything[0][1].training
+    for _, bn in everything:
+        if bn.training != training:
+            return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
     request = _request(route)
     text, planned, reason = preflight.chain_plan_text(
-        x.device,
+        device,
         _dtype_name(dtype),
         _size(x, request),
-        tuple(_geometry(conv) for conv, _ in layers),
+        tuple([_geometry(conv) for conv, _ in layers]),
         _geometry(projection[0]) if projection else None,
         kind,
         relu,
-        training.pop(),
+        training,
         _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
         *memory,
@@ -239,14 +244,15 @@ def run_chain(
 
     channels_last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv, _ in everything)
     _count(*(bn for _, bn in everything))
-    slots: list[Tensor | None] = [None] * (chain.SLOTS * len(chain.FIELDS))
-    for i, (conv, bn) in enumerate(everything):
-        first = (chain.SLOTS - 1 if projection is not None and i == len(layers) else i) * len(chain.FIELDS)
-        slots[first : first + len(chain.FIELDS)] = [conv.weight, *_bn_tensors(bn)]
+    slots: list[Tensor | None] = []
+    for conv, bn in layers:
+        slots += (conv.weight, *_bn_tensors(bn))
+    slots += [None] * ((chain.SLOTS - 1) * len(chain.FIELDS) - len(slots))
+    slots += (projection[0].weight, *_bn_tensors(projection[1])) if projection else NOTHING
     out = chain.conv_chain(
         text,
-        tuple(_momentum(bn) for _, bn in everything),
-        tuple(bn.eps for _, bn in everything),
+        tuple([_momentum(bn) for _, bn in everything]),
+        tuple([bn.eps for _, bn in everything]),
         _nhwc(x.to(dtype)),
         None if residual is None else _nhwc(residual.to(dtype)),
         slots,
@@ -388,9 +394,9 @@ class _ToNHWC(torch.autograd.Function):
 
 
 def _nhwc(t: Tensor) -> Tensor:
-    if _is_channels_last(t) or t.is_contiguous(memory_format=torch.channels_last):
-        return t.contiguous(memory_format=torch.channels_last)
-    return _ToNHWC.apply(t)  # type: ignore[no-any-return]
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous(memory_format=torch.channels_last) if _is_channels_last(t) else _ToNHWC.apply(t)  # type: ignore[no-any-return]
 
 
 def _parameters(*layers: tuple[Conv, BatchNorm]) -> list[Tensor | None]:
@@ -398,13 +404,21 @@ def _parameters(*layers: tuple[Conv, BatchNorm]) -> list[Tensor | None]:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
     cumulative = bn.momentum is None and bn.training
     counter = bn.num_batches_tracked if cumulative else None
-    weight, bias = (None if t is None else t.contiguous() for t in (bn.weight, bn.bias))
+    weight, bias = bn.weight, bn.bias
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     return weight, bias, bn.running_mean, bn.running_var, counter
 
 

@@ -16,7 +16,7 @@ from ..launch.nhwc import nhwc
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
-from .layer import Layer, LayerGrad, Needs, empty_mask, operands
+from .layer import Layer, Needs, empty_mask, operands
 from .library import define, refuse_second_derivative
 from .staged_forward import Saved
 
@@ -181,22 +181,18 @@ def _chain_backward(
     saved = Saved(_or_none(mask), *kept)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
-    none = _none(x)
-    by_slot = [LayerGrad()] * SLOTS
+    flat: list[Tensor | None] = [None] * (3 * SLOTS)
     for slot, grad in zip(slots, grads, strict=True):
-        by_slot[slot] = grad
-    flat = [t for i, grad in enumerate(by_slot) for t in (grad.weight, *_bn_grads(grad, gammas[i], betas[i]))]
+        flat[3 * slot : 3 * slot + 3] = grad.weight, _like(grad.gamma, gammas[slot]), _like(grad.beta, betas[slot])
     # An operator's output must not be its input: without a ReLU the residual's gradient would be dout itself.
     if dresidual is not None and dresidual.data_ptr() == dout.data_ptr():
         dresidual = dresidual.clone(memory_format=torch.preserve_format)
-    return tuple(none.clone() if t is None else t for t in (dx, dresidual, *flat))
+    return tuple([_none(x) if t is None else t for t in (dx, dresidual, *flat)])
 
 
-def _bn_grads(grad: LayerGrad, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that have a parameter, in its dtype."""
-    pairs = ((grad.gamma, gamma), (grad.beta, beta))
-    dgamma, dbeta = (None if g is None or parameter is None else g.to(parameter.dtype) for g, parameter in pairs)
-    return dgamma, dbeta
+def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient that has a parameter, in its dtype."""
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 def _chain_backward_fake(
@@ -247,7 +243,7 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         out, mask, *rest = chain_forward(plan, momenta, epsilons, x, residual, *tensors)
         ctx.plan = plan
-        parameters = [tensors[len(FIELDS) * i + field] for field in range(3) for i in range(SLOTS)]
+        parameters = [t for field in range(3) for t in tensors[field :: len(FIELDS)]]
         ctx.save_for_backward(x, mask, *parameters, *rest)
         return out
 

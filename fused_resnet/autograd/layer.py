@@ -109,15 +109,18 @@ def operands(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     Each direction casts anew, by one launch for all: the copies would be kept from forward to backward otherwise.
     """
     by_launch = [w.dtype != dtype and is_castable(w, dtype) for w in weights]
+    if not any(by_launch):
+        return [_operand(w, dtype) for w in weights]
     copies = iter(cast([w for w, chosen in zip(weights, by_launch, strict=True) if chosen], dtype))
     return [next(copies) if chosen else _operand(w, dtype) for w, chosen in zip(weights, by_launch, strict=True)]
 
 
 def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
     converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
     converted = converted.contiguous(memory_format=torch.channels_last)  # a slice stays one in the line above
-    if converted is not weight:
-        note("cast_weight", 0, (weight, converted), {})
+    note("cast_weight", 0, (weight, converted), {})
     return converted
 
 

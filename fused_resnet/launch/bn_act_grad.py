@@ -72,12 +72,11 @@ def bn_act_grad_reduce(
     acc = accumulation_dtype(dout.dtype)
     data = torch.empty((2 if residual is None else 3, tiles, channels), dtype=acc, device=dout.device)
     stored = torch.empty_like(dout, memory_format=torch.channels_last) if relu and store_dz else None
-    images = [t for t in (dout, y, out, residual, stored) if t is not None]
     vectors, block_m = step(config, dout.element_size(), vectors=2)
     launch(
         bn_act_grad_reduce_kernel,
         (tiles * ceil_div(channels, config.block_c),),
-        touched=(*images, bits, stats if y is not None else None, residual_stats, data),
+        touched=(dout, y, out, residual, stored, bits, stats if y is not None else None, residual_stats, data),
         flops=0,
         config=config,
         device=dout.device,
@@ -154,10 +153,11 @@ def bn_grad_finalize(
     if not 0 < row < kinds:
         raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
     require_rows(stats, 4, channels, tiles, "stats")
-    require_device(tiles.device, weight=weight)
     if weight is not None:
+        require_device(tiles.device, weight=weight)
         require_shape(weight, (channels,), "weight")
-    dgamma, dbeta = (torch.empty(channels, dtype=tiles.dtype, device=tiles.device) for _ in range(2))
+    dgamma = torch.empty(channels, dtype=tiles.dtype, device=tiles.device)
+    dbeta = torch.empty_like(dgamma)
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
     interpreter = tiles.device.type == "cpu"
     if groups := group_config(count, channels, interpreter=interpreter):

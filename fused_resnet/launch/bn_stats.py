@@ -8,7 +8,7 @@ import triton.language as tl
 from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_merge_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
-from .check import DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
+from .check import ACCUMULATION, DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
 from .record import launch
 from .tiles import StatTiles
 
@@ -95,9 +95,10 @@ def bn_finalize(
     _, count, channels = data.shape
     if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
         raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
-    if counter is not None and counter.dtype != torch.int64:
-        raise ValueError(f"counter must be int64, got {counter.dtype}")
-    require_device(data.device, counter=counter)
+    if counter is not None:
+        if counter.dtype != torch.int64:
+            raise ValueError(f"counter must be int64, got {counter.dtype}")
+        require_device(data.device, counter=counter)
     _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
     interpreter = data.device.type == "cpu"
@@ -107,11 +108,10 @@ def bn_finalize(
         count = data.shape[1]
     config = merge_config(count, channels, interpreter=interpreter)
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
-    running = [t for t in (running_mean, running_var) if t is not None]
     launch(
         bn_finalize_kernel,
         (ceil_div(channels, config.block_c),),
-        touched=(data, stats, weight, bias, counter, *running, *running),
+        touched=(data, stats, weight, bias, counter, *2 * (running_mean, running_var)),
         flops=0,
         config=config,
         device=data.device,
@@ -179,12 +179,12 @@ def bn_frozen(
 
 def _require_channels(like: torch.Tensor, **vectors: torch.Tensor | None) -> None:
     """ValueError unless each vector that is given has one float per channel of ``like``, adjacent, on its device."""
-    require_device(like.device, **vectors)
+    shape, device = like.shape[-1:], like.device
     for name, t in vectors.items():
-        if t is None:
+        if t is None or (t.shape == shape and t.device == device and t.dtype in ACCUMULATION and t.is_contiguous()):
             continue
-        require_shape(t, like.shape[-1:], name)
-        if t.dtype not in DTYPES.values():
+        require_device(device, **{name: t})
+        require_shape(t, shape, name)
+        if t.dtype not in ACCUMULATION:
             raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {t.dtype}")
-        if not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
+        raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.box_conv import box_conv_kernel, walk_conv_kernel
 from ..plan.box import Box, exact_box, row_box, why_not_boxes
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
 from .record import launch
@@ -90,7 +90,7 @@ def _launch(
     assert box is not None
     acc = accumulation_dtype(x.dtype)
     num_m = p.M // config.block_m
-    num_n = triton.cdiv(channels, config.block_n)
+    num_n = ceil_div(channels, config.block_n)
     tiled = stats or mask_input is not None
     tiles = torch.empty((2, num_m, channels), dtype=acc, device=x.device) if tiled else None
     filters = [config.block_k, config.block_n] if flip else [config.block_n, config.block_k]
@@ -99,9 +99,9 @@ def _launch(
     if walks:
         per_image = p.H * (p.W // box.w)
         steps = p.N // box.n * (p.W // box.w) * (p.H + 1)
-        steps_per_walk = triton.cdiv(steps, config.split)
-        programs = triton.cdiv(steps, steps_per_walk)
-        spare = triton.cdiv(programs, per_image) * box.n  # see the kernel
+        steps_per_walk = ceil_div(steps, config.split)
+        programs = ceil_div(steps, steps_per_walk)
+        spare = ceil_div(programs, per_image) * box.n  # see the kernel
         own = {"H": p.H, "steps": steps, "steps_per_walk": steps_per_walk}
     else:
         programs = num_m

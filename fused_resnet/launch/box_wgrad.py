@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.box_wgrad import box_wgrad_kernel
 from ..plan.box import any_box
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .box_conv import image_descriptor
 from .check import accumulation_dtype, dot_precision, require_image, require_problem
@@ -39,7 +39,7 @@ def box_wgrad(
     partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=acc, device=x.device)
     box = any_box(p, config.block_k)
     boxes = box.count(p)
-    tiles = triton.cdiv(p.Co, config.block_m) * triton.cdiv(p.Ci, config.block_n) * (9 // config.row_taps)
+    tiles = ceil_div(p.Co, config.block_m) * ceil_div(p.Ci, config.block_n) * (9 // config.row_taps)
     launch(
         box_wgrad_kernel,
         (tiles, config.split),
@@ -51,11 +51,11 @@ def box_wgrad(
         dy_desc=image_descriptor(dy, box, config.block_m),
         dw_ptr=partial,
         boxes=boxes,
-        boxes_h=triton.cdiv(p.H, box.h),
-        boxes_w=triton.cdiv(p.W, box.w),
+        boxes_h=ceil_div(p.H, box.h),
+        boxes_w=ceil_div(p.W, box.w),
         Ci=p.Ci,
         Co=p.Co,
-        boxes_per_split=triton.cdiv(boxes, config.split),
+        boxes_per_split=ceil_div(boxes, config.split),
         TAPS=config.row_taps,
         BOX_N=box.n,
         BOX_H=box.h,

@@ -17,10 +17,13 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+ACCUMULATION = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES.values()}
 
 
 def require_nhwc(t: torch.Tensor, name: str = "tensor") -> None:
     """A logical NCHW tensor whose memory is dense NHWC (strides of size-1 dimensions do not count), or ValueError."""
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return
     if t.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
     if not t.permute(0, 2, 3, 1).is_contiguous():
@@ -31,7 +34,7 @@ def require_nhwc(t: torch.Tensor, name: str = "tensor") -> None:
 
 def require_shape(t: torch.Tensor, shape: Sequence[int], name: str = "tensor") -> None:
     """ValueError unless ``t`` has exactly ``shape``."""
-    if tuple(t.shape) != tuple(shape):
+    if t.shape != shape and tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
@@ -50,6 +53,9 @@ def require_device(device: torch.device, **tensors: torch.Tensor | None) -> None
 
 def require_image(t: torch.Tensor, shape: Sequence[int], like: torch.Tensor, name: str = "tensor") -> None:
     """An activation or weight: ``shape``, dense NHWC memory, and the dtype and device of ``like``."""
+    fits = t.shape == shape and t.dtype == like.dtype and t.device == like.device
+    if fits and t.is_contiguous(memory_format=torch.channels_last):
+        return  # the checks below find the words
     require_shape(t, shape, name)
     require_nhwc(t, name)
     require_dtype(t, like.dtype, name)
@@ -58,6 +64,9 @@ def require_image(t: torch.Tensor, shape: Sequence[int], like: torch.Tensor, nam
 
 def require_rows(t: torch.Tensor, rows: int, channels: int, like: torch.Tensor, name: str = "tensor") -> None:
     """Per-channel numbers [rows, channels], contiguous, in ``like``'s accumulation dtype, on its device."""
+    fits = t.shape == (rows, channels) and t.dtype == ACCUMULATION.get(like.dtype) and t.device == like.device
+    if fits and t.is_contiguous():
+        return  # the checks below find the words
     require_shape(t, (rows, channels), name)
     require_dtype(t, accumulation_dtype(like.dtype), name)
     require_device(like.device, **{name: t})
@@ -76,9 +85,9 @@ def require_mean(t: torch.Tensor, like: torch.Tensor, name: str = "input_mean") 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulators and statistics: float64 for float64 data, else float32. ValueError for other dtypes."""
-    if dtype not in DTYPES.values():
+    if dtype not in ACCUMULATION:
         raise ValueError(f"the kernels take {', '.join(DTYPES)}; got {dtype}")
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return ACCUMULATION[dtype]
 
 
 def dot_precision(dtype: torch.dtype = torch.float32) -> str:

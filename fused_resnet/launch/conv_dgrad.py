@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.conv_dgrad import conv_dgrad_kernel
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem, Pair
 from .bits import require_bits
 from .box_conv import box_conv_dgrad
@@ -64,7 +64,7 @@ def conv_dgrad(
             raise ValueError("mask_stats goes with mask_input")
         require_rows(mask_stats, 4, p.Ci, dy, "mask_stats")
     if residual is not None:
-        size = (triton.cdiv(p.H, residual_stride[0]), triton.cdiv(p.W, residual_stride[1]))
+        size = (ceil_div(p.H, residual_stride[0]), ceil_div(p.W, residual_stride[1]))
         require_image(residual, (p.N, p.Ci, *size), dy, "residual")
     if residual_bits is not None:
         if residual is None or residual_stride != (1, 1) or p.stride != (1, 1):
@@ -74,9 +74,9 @@ def conv_dgrad(
     acc = accumulation_dtype(dy.dtype)
     # Every parity class of input pixels has as many tiles as the largest, the first.
     s_h, s_w = p.stride
-    largest = p.N * triton.cdiv(p.H, s_h) * triton.cdiv(p.W, s_w)
-    num_m = s_h * s_w * triton.cdiv(largest, config.block_m)
-    num_n = triton.cdiv(p.Ci, config.block_n)
+    largest = p.N * ceil_div(p.H, s_h) * ceil_div(p.W, s_w)
+    num_m = s_h * s_w * ceil_div(largest, config.block_m)
+    num_n = ceil_div(p.Ci, config.block_n)
     dx = torch.empty((p.N, p.Ci, p.H, p.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     tiles = None if mask_input is None else torch.empty((2, num_m, p.Ci), dtype=acc, device=dy.device)
     launch(
@@ -103,7 +103,7 @@ def conv_dgrad(
         Q=p.Q,
         Ci=p.Ci,
         Co=p.Co,
-        row_bytes=triton.cdiv(p.Ci, 8),
+        row_bytes=ceil_div(p.Ci, 8),
         num_m=num_m,
         num_n=num_n,
         R=p.R,

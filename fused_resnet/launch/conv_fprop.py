@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.conv_fprop import conv_fprop_kernel
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .bits import require_bits
 from .box_conv import box_conv_fprop
@@ -81,8 +81,8 @@ def conv_fprop(
         require_bits(bits, (p.N, p.Co, p.P, p.Q), x.device)
 
     acc = accumulation_dtype(x.dtype)
-    num_m = triton.cdiv(p.M, config.block_m)
-    num_n = triton.cdiv(p.Co, config.block_n)
+    num_m = ceil_div(p.M, config.block_m)
+    num_n = ceil_div(p.Co, config.block_n)
     y = torch.empty((p.N, p.Co, p.P, p.Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tiles = torch.empty((2, num_m, p.Co), dtype=acc, device=x.device) if stats else None
     launch(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.conv_wgrad import conv_wgrad_kernel
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .box_wgrad import box_wgrad
 from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
@@ -64,7 +64,7 @@ def conv_wgrad(
             raise ValueError("conv_wgrad: input_mean goes with a 1x1 filter, whose input is never padded")
 
     elements = problem.Co * problem.taps * problem.Ci
-    steps = triton.cdiv(triton.cdiv(problem.M, config.block_k), config.split)
+    steps = ceil_div(ceil_div(problem.M, config.block_k), config.split)
     dw = torch.empty(
         (problem.Co, problem.Ci, problem.R, problem.S),
         dtype=out_dtype,
@@ -75,7 +75,7 @@ def conv_wgrad(
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=partial_dtype, device=x.device)
 
-    tiles_co, tiles_ci = triton.cdiv(problem.Co, config.block_m), triton.cdiv(problem.Ci, config.block_n)
+    tiles_co, tiles_ci = ceil_div(problem.Co, config.block_m), ceil_div(problem.Ci, config.block_n)
     tiles = tiles_co * tiles_ci * (problem.taps // row_taps)
     sampled = problem.M * problem.Ci * x.element_size() if problem.is_pointwise else x
     launch(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_finalize_kernel, gram_product_kernel
 from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_config, gram_rows_config
-from ..plan.passes import ceil_div
+from ..plan.passes import ceil_div, next_power_of_2
 from .bn_stats import _require_channels
 from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_rows, require_shape
 from .record import launch
@@ -160,7 +159,7 @@ def gram_backward(
     bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
     scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
     common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats)}
-    all_q = triton.next_power_of_2(q) if scaled else 1
+    all_q = next_power_of_2(q) if scaled else 1
 
     rows_config = gram_rows_config(p, interpreter=interpreter)
     launch(

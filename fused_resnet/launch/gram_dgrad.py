@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.gram_dgrad import gram_dgrad_kernel
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from .bits import require_bits
 from .check import (
     accumulation_dtype,
@@ -57,7 +57,7 @@ def gram_dgrad(
     if dz.dim() != 4 or y.dim() != 4:
         raise ValueError(f"dz and y must have 4 dimensions, got shapes {tuple(dz.shape)} and {tuple(y.shape)}")
     (N, p, H, W), q = y.shape, dz.shape[1]
-    I, J = triton.cdiv(H, stride[0]), triton.cdiv(W, stride[1])
+    I, J = ceil_div(H, stride[0]), ceil_div(W, stride[1])
     M = N * I * J
     if max(N * H * W, q * p) >= 2**31:
         raise ValueError(f"the kernel counts pixels and weights in 32 bits, too many for it: {tuple(y.shape)}, {q}")
@@ -88,7 +88,7 @@ def gram_dgrad(
         require_bits(bits, dz.shape, dz.device)
 
     acc = accumulation_dtype(dz.dtype)
-    num_m, num_n = triton.cdiv(M, config.block_m), triton.cdiv(p, config.block_n)
+    num_m, num_n = ceil_div(M, config.block_m), ceil_div(p, config.block_n)
     dx = torch.empty((N, p, I, J), dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
     tiles = None if stats is None else torch.empty((2, num_m, p), dtype=acc, device=dz.device)
     launch(
@@ -117,7 +117,7 @@ def gram_dgrad(
         W=W,
         I=I,
         J=J,
-        row_bytes=triton.cdiv(q, 8),
+        row_bytes=ceil_div(q, 8),
         num_m=num_m,
         num_n=num_n,
         HAS_BITS=bits is not None,

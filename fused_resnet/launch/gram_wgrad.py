@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.gram_wgrad import gram_wgrad_kernel
 from ..plan.config import GemmConfig
+from ..plan.passes import ceil_div
 from .bits import require_bits
 from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
 from .parts import add_parts
@@ -45,11 +45,11 @@ def gram_wgrad(
 
     acc, ACC = accumulation_dtype(dout.dtype), tl.float64 if dout.dtype == torch.float64 else tl.float32
     elements = q * p + q
-    steps = triton.cdiv(triton.cdiv(M, config.block_k), config.split)
+    steps = ceil_div(ceil_div(M, config.block_k), config.split)
     result = torch.empty(elements, dtype=acc, device=dout.device)
     partial = result if config.split == 1 else torch.empty((config.split, elements), dtype=acc, device=dout.device)
     dz = torch.empty_like(dout, memory_format=torch.channels_last) if store_dz else None
-    num_m, num_n = triton.cdiv(q, config.block_m), triton.cdiv(p, config.block_n)
+    num_m, num_n = ceil_div(q, config.block_m), ceil_div(p, config.block_n)
     launch(
         gram_wgrad_kernel,
         (num_m * num_n, config.split),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.conv_wgrad import conv_wgrad_reduce_kernel
 from ..plan.config import PassConfig
+from ..plan.passes import ceil_div, next_power_of_2
 from .record import launch
 
 
@@ -15,11 +15,11 @@ def add_parts(partial: torch.Tensor, total: torch.Tensor) -> None:
     """``total`` [elements] = the sum of ``partial`` [split, elements] over its parts, always in the same order."""
     split, elements = partial.shape
     # Few elements with many parts, or the reverse: 2048 partials a program either way.
-    block_s = min(32, triton.next_power_of_2(split))
+    block_s = min(32, next_power_of_2(split))
     config = PassConfig(block_m=block_s, block_c=2048 // block_s)
     launch(
         conv_wgrad_reduce_kernel,
-        (triton.cdiv(elements, config.block_c),),
+        (ceil_div(elements, config.block_c),),
         touched=(partial, total),
         flops=0,
         config=config,

@@ -132,21 +132,16 @@ def launch(
     note(kernel.fn.__name__, flops, touched, config)
     if 0 in grid:
         return
-    options: dict[str, Any] = {"num_warps": config.num_warps}
-    if isinstance(config, GemmConfig):
-        options["num_stages"] = config.num_stages
-        if config.maxnreg is not None:
-            options["maxnreg"] = config.maxnreg
     if device.type == "meta":
         if _rehearsal.on_kernel is not None:
-            _rehearsal.on_kernel(kernel, arguments, options)
+            _rehearsal.on_kernel(kernel, arguments, dict(config.options))
         return
     for watch in _watches:
         watch.begin(kernel.fn.__name__, config)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
+            kernel[grid](**arguments, **config.options)
     else:
-        kernel[grid](**arguments, **options)
+        kernel[grid](**arguments, **config.options)
     for watch in _watches:
         watch.end()

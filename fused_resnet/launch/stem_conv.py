@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.stem_conv import stem_conv_fprop_kernel, stem_conv_wgrad_kernel, stem_pad_kernel
 from ..plan.config import GemmConfig, PassConfig
+from ..plan.passes import ceil_div, next_power_of_2
 from ..plan.problem import ConvProblem
 from .check import DTYPES, accumulation_dtype, dot_precision, require_image
 from .parts import add_parts
@@ -33,7 +33,7 @@ def stem_conv_fprop(
     padded_x = _padded_image(x, p)
     padded_w = _padded(weight, (p.R, p.run // 4), (0, 0))
     acc = accumulation_dtype(x.dtype)
-    num_m, num_n = triton.cdiv(p.M, config.block_m), triton.cdiv(p.Co, config.block_n)
+    num_m, num_n = ceil_div(p.M, config.block_m), ceil_div(p.Co, config.block_n)
     y = torch.empty((p.N, p.Co, p.P, p.Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tiles = torch.empty((2, num_m, p.Co), dtype=acc, device=x.device) if stats else None
     launch(
@@ -86,7 +86,7 @@ def stem_conv_wgrad(
     elements = p.Co * p.taps * p.Ci
     dw = torch.empty((p.Co, p.Ci, p.R, p.S), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=acc, device=x.device)
-    tiles = triton.cdiv(p.Co, config.block_m) * triton.cdiv(p.R * p.run, config.block_n)
+    tiles = ceil_div(p.Co, config.block_m) * ceil_div(p.R * p.run, config.block_n)
     launch(
         stem_conv_wgrad_kernel,
         (tiles, config.split),
@@ -103,7 +103,7 @@ def stem_conv_wgrad(
         Co=p.Co,
         padded_h=padded_x.shape[1],
         pairs=padded_x.shape[2] // 2,
-        rows_per_split=triton.cdiv(triton.cdiv(p.M, config.block_k), config.split) * config.block_k,
+        rows_per_split=ceil_div(ceil_div(p.M, config.block_k), config.split) * config.block_k,
         stride_w=p.stride[1],
         CHANNELS=p.Ci,
         R=p.R,
@@ -152,11 +152,11 @@ def _padded(t: torch.Tensor, size: Pair, padding: Pair) -> torch.Tensor:
     n, c, h, w = t.shape
     height, width = size
     padded = torch.empty((n, height, width, 4), dtype=t.dtype, device=t.device)
-    block_c = min(1024, triton.next_power_of_2(width * 4))
+    block_c = min(1024, next_power_of_2(width * 4))
     tile = PassConfig(block_m=2048 // block_c, block_c=block_c)  # 16 elements a thread
     launch(
         stem_pad_kernel,
-        (triton.cdiv(n * height, tile.block_m), triton.cdiv(width * 4, tile.block_c)),
+        (ceil_div(n * height, tile.block_m), ceil_div(width * 4, tile.block_c)),
         touched=(t, padded),
         flops=0,
         config=tile,

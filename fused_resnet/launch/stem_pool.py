@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from ..kernels.stem_pool import stem_pool_grad_apply_kernel, stem_pool_grad_reduce_kernel, stem_pool_kernel
 from ..plan.config import PassConfig
+from ..plan.passes import ceil_div, next_power_of_2
 from .check import accumulation_dtype, require_device, require_dtype, require_image, require_rows
 from .record import launch
 
@@ -62,8 +62,8 @@ def stem_pool_grad_reduce(
     C = y.shape[1]
     require_rows(stats, 4, C, y, "stats")
     blocks, blocks_c = grid(y, config)
-    steps = min(MOST_STEPS, triton.next_power_of_2(max(1, triton.cdiv(blocks, MOST_TILES))))
-    T = triton.cdiv(blocks, steps)
+    steps = min(MOST_STEPS, next_power_of_2(max(1, ceil_div(blocks, MOST_TILES))))
+    T = ceil_div(blocks, steps)
     tiles = torch.empty((2, T, C), dtype=accumulation_dtype(y.dtype), device=y.device)
     launch(
         stem_pool_grad_reduce_kernel,
@@ -117,7 +117,7 @@ def stem_pool_grad_apply(
 def pooled_shape(y: torch.Tensor) -> tuple[int, int, int, int]:
     """The shape of the pool's output: [N, C, ceil(H / 2), ceil(W / 2)]."""
     N, C, H, W = y.shape
-    return N, C, triton.cdiv(H, 2), triton.cdiv(W, 2)
+    return N, C, ceil_div(H, 2), ceil_div(W, 2)
 
 
 def require_windows(dout: torch.Tensor, index: torch.Tensor, out: torch.Tensor, y: torch.Tensor) -> None:
@@ -133,7 +133,7 @@ def require_windows(dout: torch.Tensor, index: torch.Tensor, out: torch.Tensor, 
 def grid(y: torch.Tensor, config: PassConfig) -> tuple[int, int]:
     """Blocks of output pixels, blocks of channels."""
     N, C, P, Q = pooled_shape(y)
-    return triton.cdiv(N * P * Q, config.block_m), triton.cdiv(C, config.block_c)
+    return ceil_div(N * P * Q, config.block_m), ceil_div(C, config.block_c)
 
 
 def shape_arguments(y: torch.Tensor, config: PassConfig) -> dict[str, Any]:

@@ -9,16 +9,12 @@ import torch
 from ..plan.problem import ConvProblem
 from .record import note
 
+_backward = torch.ops.aten.convolution_backward.default
 
-def _geometry(problem: ConvProblem) -> dict[str, Any]:
-    return {
-        "stride": list(problem.stride),
-        "padding": list(problem.padding),
-        "dilation": list(problem.dilation),
-        "transposed": False,
-        "output_padding": [0, 0],
-        "groups": problem.groups,
-    }
+
+def _geometry(problem: ConvProblem) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposed, output_padding, groups."""
+    return problem.stride, problem.padding, problem.dilation, False, (0, 0), problem.groups
 
 
 def _nhwc(t: torch.Tensor) -> torch.Tensor:
@@ -26,24 +22,20 @@ def _nhwc(t: torch.Tensor) -> torch.Tensor:
 
 
 def conv_fprop(x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
-    y = torch.ops.aten.convolution(x, weight, None, **_geometry(problem))
+    y = torch.convolution(x, weight, None, *_geometry(problem))
     note("vendor_conv_fprop", problem.flops, (x, weight, y), {})
     return _nhwc(y)
 
 
 def conv_dgrad(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
     """``x`` gives the shape alone; it is not read."""
-    dx = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, **_geometry(problem), output_mask=[True, False, False]
-    )[0]
+    dx = _backward(dy, x, weight, None, *_geometry(problem), (True, False, False))[0]
     note("vendor_conv_dgrad", problem.flops, (dy, weight, dx), {})
     return _nhwc(dx)
 
 
 def conv_wgrad(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
     """``weight`` gives the shape and layout alone; the gradient comes in the activations' dtype."""
-    dw = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, **_geometry(problem), output_mask=[False, True, False]
-    )[1]
+    dw = _backward(dy, x, weight, None, *_geometry(problem), (False, True, False))[1]
     note("vendor_conv_wgrad", problem.flops, (x, dy, dw), {})
     return _nhwc(dw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from .box import why_not_boxes
@@ -32,6 +33,12 @@ class GemmConfig:
     """How pixels are addressed: "rows", a pointer to each; for a 3x3 of stride 1 also "box", by tensor descriptors, and
     "walk", the same down whole columns of the images, which ``split`` programs share."""
 
+    @cached_property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the kernel's own arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -43,6 +50,11 @@ class PassConfig:
     block_m: int
     block_c: int
     num_warps: int = 4
+
+    @cached_property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the kernel's own arguments."""
+        return {"num_warps": self.num_warps}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

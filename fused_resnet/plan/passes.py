@@ -6,6 +6,8 @@ loads. ``interpreter`` asks for few, large programs: their number is what time d
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .config import PassConfig
 
 VECTOR_BYTES = 16
@@ -27,6 +29,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache(maxsize=4096)
 def step(config: PassConfig, itemsize: int, vectors: int) -> tuple[int, int]:
     """(row groups, rows of a group) of one step: a thread has a vector in each of at most ``vectors`` groups."""
     elements = config.num_warps * WARP * max(VECTOR_BYTES // itemsize, 1)
@@ -35,6 +38,7 @@ def step(config: PassConfig, itemsize: int, vectors: int) -> tuple[int, int]:
     return min(vectors, rows // group), group
 
 
+@lru_cache(maxsize=4096)
 def pass_config(
     rows: int, channels: int, itemsize: int, sm_count: int = 132, *, interpreter: bool = False
 ) -> PassConfig:
@@ -42,6 +46,7 @@ def pass_config(
     return _config(rows, channels, itemsize, 32 * sm_count, block_c=256, max_steps=8, interpreter=interpreter)
 
 
+@lru_cache(maxsize=4096)
 def reduce_config(
     rows: int, channels: int, itemsize: int, sm_count: int = 132, *, interpreter: bool = False
 ) -> PassConfig:
@@ -64,11 +69,13 @@ def _config(
     return PassConfig(block_m=step_rows * steps, block_c=block_c)
 
 
+@lru_cache(maxsize=4096)
 def cast_config(elements: int, *, interpreter: bool = False) -> PassConfig:
     """A copy of a flat tensor, of at most ``elements``: two vectors a thread, so that small ones still spread."""
     return PassConfig(block_m=1, block_c=min(next_power_of_2(elements), INTERPRETER_ELEMENTS) if interpreter else 1024)
 
 
+@lru_cache(maxsize=4096)
 def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig | None:
     """A merge of every ``block_m`` neighbours among [T, C] tiles, so that few are left; ``None`` where few are.
 
@@ -83,6 +90,7 @@ def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> Pas
     )
 
 
+@lru_cache(maxsize=4096)
 def transpose_config(pixels: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """A transposition by tiles: two cache lines of 16-bit values both ways, where the sizes give so many."""
     block_m, block_c = next_power_of_2(pixels), next_power_of_2(channels)
@@ -91,6 +99,7 @@ def transpose_config(pixels: int, channels: int, *, interpreter: bool = False) -
     return PassConfig(min(block_m, 64), min(block_c, 64))
 
 
+@lru_cache(maxsize=4096)
 def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig:
     """The merge of [T, C] tiles: ``block_m`` tiles at a time, eight channels (one sector of memory) per program."""
     block_c = min(next_power_of_2(channels), 512 if interpreter else 8)
@@ -99,6 +108,7 @@ def merge_config(tiles: int, channels: int, *, interpreter: bool = False) -> Pas
     return PassConfig(block_m=block_t, block_c=block_c, num_warps=num_warps)
 
 
+@lru_cache(maxsize=4096)
 def window_config(channels: int, *, interpreter: bool = False) -> PassConfig:
     """A pass over pooling windows: ``block_m`` of them at once, a power of two, their nine pixels in registers."""
     if interpreter:

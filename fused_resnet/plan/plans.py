@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .config import GemmConfig, SingleConfig
@@ -108,12 +108,12 @@ class Plan:
     sm_count: int = 132
     interpreter: bool = False
 
-    @property
+    @cached_property
     def gram_projection(self) -> GramProjection | None:
         """There where the projection's output does not exist."""
         return self.gram.projection if self.gram else None
 
-    @property
+    @cached_property
     def keeps_mask(self) -> bool:
         """Whether forward writes the last ReLU's mask for backward: where it does not follow from a raw output y."""
         p = self.problem
@@ -122,7 +122,7 @@ class Plan:
         follows_from_y = p.batch_statistics and p.residual == "none" and self.gram is None
         return not follows_from_y
 
-    @property
+    @cached_property
     def keeps_a1(self) -> bool:
         """Whether the second convolution's input, which a pass forms, is kept for its weight gradient."""
         p = self.problem
@@ -132,7 +132,7 @@ class Plan:
         on_load = second.problem.is_pointwise and second.fprop.fused and second.wgrad.fused
         return not on_load and (self.gram is None or len(self.convs) > 2)
 
-    @property
+    @cached_property
     def stores_dz(self) -> bool:
         """Whether the Gram route writes the gradient behind the last ReLU: where not only its own dgrad reads it, and,
         as the shortcut's gradient, a dgrad of ours."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 Pair = tuple[int, int]
 
@@ -28,50 +29,50 @@ class ConvProblem:
     groups: int = 1
     dtype: str = "bfloat16"
 
-    @property
+    @cached_property
     def P(self) -> int:
         return (self.H + 2 * self.padding[0] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
 
-    @property
+    @cached_property
     def Q(self) -> int:
         return (self.W + 2 * self.padding[1] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
 
-    @property
+    @cached_property
     def M(self) -> int:
         """Rows of the GEMM: output pixels."""
         return self.N * self.P * self.Q
 
-    @property
+    @cached_property
     def taps(self) -> int:
         return self.R * self.S
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """A 1x1 convolution without padding, at any stride."""
         return self.taps == 1 and self.padding == (0, 0)
 
-    @property
+    @cached_property
     def is_gemm(self) -> bool:
         """A plain matrix product: 1x1, stride 1, no padding, one group."""
         return self.is_pointwise and self.stride == (1, 1) and self.groups == 1
 
-    @property
+    @cached_property
     def is_same_3x3(self) -> bool:
         """A 3x3 of stride 1 whose output has its input's size: every tap is the same picture, one pixel further."""
         ones = self.stride == self.padding == self.dilation == (1, 1)
         return ones and (self.R, self.S) == (3, 3) and self.groups == 1
 
-    @property
+    @cached_property
     def is_stem(self) -> bool:
         """A filter wider than 1x1 over images of up to four channels: forward and weight gradient are stem_conv's."""
         return self.Ci <= 4 and self.taps > 1 and self.S <= 8 and self.dilation[1] == 1 and self.groups == 1
 
-    @property
+    @cached_property
     def run(self) -> int:
         """Elements that stem_conv reads of a row of pixels for a row of the filter, at four channels."""
         return 16 if self.S <= 4 else 32
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Of one pass: forward, dgrad and wgrad each do this many."""
         return 2 * self.M * self.Co * (self.Ci // self.groups) * self.taps

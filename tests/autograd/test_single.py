@@ -151,10 +151,11 @@ def test_explain_counts_what_is_recorded() -> None:
 def test_on_a_gpu_it_reads_x_and_writes_out() -> None:
     with torch.device("meta"):
         model = fr.Bottleneck(256, 64).eval().to(memory_format=torch.channels_last)
+        x = torch.empty(256, 256, 56, 56, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 
     def ours(route: str) -> tuple[int, str]:
         with fr.use_route(route):
-            rows = explain(model, (256, 256, 56, 56), target="h100", training=False).rows
+            rows = explain(model, example_input=x, target="h100", training=False).rows
         rows = [row for row in rows if row.source in ("fused", "vendor")]
         return sum(row.bytes for row in rows), rows[0].reason
 
