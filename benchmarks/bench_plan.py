@@ -11,6 +11,7 @@ from torch import nn
 import fused_resnet as fr
 from benchmarks import problems
 from benchmarks.cases import ConvCase
+from benchmarks.host import BLOCKS, host_times
 from benchmarks.roles import cases
 from fused_resnet.explain import explain
 from fused_resnet.launch.record import record_launches
@@ -88,6 +89,16 @@ def bench_plain_block(benchmark: Any) -> None:
     x = torch.empty(256, 256, 56, 56, device="meta", requires_grad=True)
     dout = torch.empty_like(x)
     benchmark(lambda: block(x).backward(dout))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def bench_host_time(benchmark: Any, kind: str, autocast: bool) -> None:
+    """A block with the launches left out beside eager's dispatch of it, in turns, on one-pixel tensors."""
+    benchmark.group = "host time, in turns with eager"
+    ours, eager = benchmark.pedantic(lambda: host_times(kind, autocast=autocast), rounds=1, iterations=1)
+    names = {"ours": ours, "eager": eager}
+    benchmark.extra_info |= {f"{who}_{way}_us": value for who, t in names.items() for way, value in t._asdict().items()}
 
 
 def bench_explain(benchmark: Any) -> None:
