@@ -116,11 +116,10 @@ def operands(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
-        return weight
     converted = weight.to(dtype=dtype, memory_format=torch.channels_last)
     converted = converted.contiguous(memory_format=torch.channels_last)  # a slice stays one in the line above
-    note("cast_weight", 0, (weight, converted), {})
+    if converted is not weight:
+        note("cast_weight", 0, (weight, converted), {})
     return converted
 
 

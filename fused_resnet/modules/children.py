@@ -7,7 +7,12 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from torch.fx import Proxy
-from torch.nn.modules import module as every_module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from ..plan import store
 
@@ -39,13 +44,10 @@ def passive(hook: Hook) -> Hook:
 
 def _is_watched_globally() -> bool:
     """Whether somebody registered a hook for every module there is (``register_module_forward_hook`` and others)."""
-    hooks = (
-        every_module._global_forward_hooks,
-        every_module._global_forward_pre_hooks,
-        every_module._global_backward_hooks,
-        every_module._global_backward_pre_hooks,
-    )
-    return any(not getattr(hook, "is_passive", False) for kind in hooks if kind for hook in kind.values())
+    if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
+        return False
+    kinds = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    return any(not getattr(hook, "is_passive", False) for kind in kinds for hook in kind.values())
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -36,7 +36,8 @@ class ConvBNReLU(Unscriptable, PlainConvBNReLU):
 class BNAddReLU(Unscriptable, nn.BatchNorm2d):
     """``relu(bn(y) + residual)`` as one operation; all [N, num_features, H, W]. ``residual`` may be left away.
 
-    An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes.
+    An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes. So ``convert_sync_batchnorm``, which makes
+    a new norm of every norm's attributes, loses the ReLU and the residual: convert only models that have none of these.
     """
 
     def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]

@@ -117,6 +117,9 @@ def current(device: torch.device) -> Target | None:
     """
     if _assumed.current is not None:
         return _assumed.current.target
+    known = _gpus.get(device.index) if device.type == "cuda" and device.index is not None else None
+    if known is not None and known.sm >= MIN_SM:
+        return known  # asked before, and every question below costs the host as much as a launch
     if interpreted():
         return INTERPRETER if device.type in ("cpu", "cuda") else None
     if why_not(device) is not None:

@@ -313,3 +313,17 @@ def test_copies_of_trained_networks_go_on_alike(copied: Callable[[nn.Module], nn
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True))
     mine, theirs = results(net, x), results(twin, x)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)  # type: ignore[arg-type]
+
+
+def test_synchronised_norms_keep_a_layers_relu_and_a_bare_norm_that_adds_refuses() -> None:
+    """PyTorch's conversion makes a new norm of every norm's attributes: ours keep their ReLU one level above.
+
+    Of a bare BNAddReLU nothing is left that could know of it; called with a residual, the new norm says so.
+    """
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(fr.ConvBNReLU(3, 4, 3)).eval()
+    assert layer(torch.randn(2, 3, 4, 4)).min() == 0
+    bare = nn.SyncBatchNorm.convert_sync_batchnorm(fr.BNAddReLU(3)).eval()
+    assert type(bare) is nn.SyncBatchNorm
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(TypeError, match="positional argument"):
+        bare(x, x)

@@ -121,6 +121,16 @@ def test_an_old_gpu_is_refused_by_its_capability(monkeypatch):
     assert "8.0" in target.why_not(device) and "Tesla V100 has 7.0" in target.why_not(device)
 
 
+def test_a_gpu_that_is_known_is_not_asked_about_again(monkeypatch):
+    def ask(*_):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(torch.cuda, "is_available", ask)
+    monkeypatch.setattr(target, "interpreted", ask)
+    monkeypatch.setattr(target, "_gpus", {1: target.H100})
+    assert target.current(torch.device("cuda", 1)) is target.H100
+
+
 def test_tracing_sees_a_target_as_a_constant():
     def scaled(x):
         return x * 2 if target.current(x.device) is None else x * 3
