@@ -33,7 +33,21 @@ BUGS = [
         "spread = g",
         ("odd sizes, float16",),
     ),
-    Bug("no pivot", GRAM, "    return pivot\n", "    return pivot * 0\n", ("far from zero, float64",)),
+    Bug("no pivot", GRAM, "return pivot.to(DTYPE)", "return (pivot * 0).to(DTYPE)", ("far from zero, float64",)),
+    Bug(
+        "no pivot in float16",
+        GRAM,
+        "pivot = tl.where(pivot * rstd > 8 * tl.abs(scale), pivot, 0.0)",
+        "pivot *= 0",
+        ("far from zero, float16 sums cut off",),
+    ),
+    Bug(
+        "a pivot where the difference is rounded",
+        GRAM,
+        "pivot * rstd > 8 * tl.abs(scale)",
+        "pivot * rstd > -1",
+        ("correlated channels, float16",),
+    ),
     Bug(
         "the Gram matrix of float32 data in float32",
         "launch.gram",

@@ -171,11 +171,11 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         return
     x, w, out = _image(p.N, p.Ci, p.P, p.Q, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
     row, counter, affine = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta"), _rows(2, p.Ci)
-    pivot = row[: p.Ci] if plan.centres else None
+    pivot, of_pivot = (_rows(2, p.Ci), affine) if plan.pivots else (None, None)
     g, c, _ = gram.gram(x, affine, plan.gram, pivot=pivot)
     gram.gram(x, affine, plan.gram, store_a=True, pivot=pivot)
     parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
-    parameters |= {"pivot": pivot, "input_affine": affine if plan.centres else None}
+    parameters |= {"pivot": pivot, "input_affine": of_pivot}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
     bits = empty_bits(out.shape, out.device)
@@ -212,10 +212,11 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     if plan is None or plan.projection is None:
         return
     x, w, dz = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
-    row, mean = _rows(1, p.Co)[0], _rows(1, p.Ci)[0] if plan.centres else None
-    g, c, _ = gram.gram(x, None, plan.projection.gram, stride=p.stride, pivot=mean)
+    row, pivot = _rows(1, p.Co)[0], _rows(1, p.Ci) if plan.centres else None
+    mean = None if pivot is None else pivot[0]
+    g, c, _ = gram.gram(x, None, plan.projection.gram, stride=p.stride, pivot=pivot)
     none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
-    gram.gram_finalize(g, c, p.M, w, momentum=0.1, eps=1e-5, pivot=mean, **none)
+    gram.gram_finalize(g, c, p.M, w, momentum=0.1, eps=1e-5, pivot=pivot, **none)
     affine, of_y, wide = _rows(2, last.Ci), _image(p.N, last.Ci, p.P, p.Q, dtype), _rows(2, p.Co)
     weight = _image(p.Co, last.Ci, 1, 1, dtype)
     joining = Projection(x, w, p, wide)

@@ -41,6 +41,11 @@ def far_in_float64() -> None:
     assert all(score.ok for score in scores), numerics.table(scores)
 
 
+def far_with_sums_cut_off() -> None:
+    with strict_interpreter.truncating():
+        frightening.far(256)(torch.float16).check()
+
+
 def scenario(
     make: frightening.Make, dtype: torch.dtype, block: frightening.Make = identity_block
 ) -> Callable[[], object]:
@@ -54,6 +59,8 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "far from zero, float64": far_in_float64,
     "a pooled gradient, float32": scenario(frightening.pooled, torch.float32),
     "filters orthogonal to the data, float32": scenario(frightening.orthogonal, torch.float32, projected_block),
+    "far from zero, float16 sums cut off": far_with_sums_cut_off,
+    "correlated channels, float16": scenario(frightening.correlated, torch.float16),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
     "many rows, float16": scenario(frightening.long, torch.float16),
 }

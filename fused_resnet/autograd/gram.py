@@ -60,7 +60,7 @@ def forward(
     """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
-    pivot, of_pivot = (y_stats[0], y_stats[2:]) if plan.gram.centres else (None, None)
+    pivot, of_pivot = (y_stats[:2], y_stats[2:]) if plan.gram.pivots else (None, None)
     *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a, pivot=pivot)
     kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)
     projection, kept_projection = None, None
@@ -89,7 +89,7 @@ def forward(
 
 def _pixel(x: Tensor) -> Tensor:
     """One in the middle: a pivot for an input without statistics."""
-    return x[x.shape[0] // 2, :, x.shape[2] // 2, x.shape[3] // 2]
+    return x[x.shape[0] // 2, :, x.shape[2] // 2, x.shape[3] // 2][None]
 
 
 def _statistics(

@@ -5,7 +5,8 @@ products see. Batch statistics of y = a Wᵀ follow from G and c before y exists
 x itself, or the pixels of it that a strided filter samples: row m = (n*I + i)*J + j is pixel (n, i*stride, j*stride).
 
 With a pivot, a row of p values of x near the mean, k = relu(pivot * scale + shift) is subtracted from every row of a:
-G and c are those of a - k, whose products cancel nothing of the mean's size when gram_bn.py centres them.
+G and c are those of a - k, and gram_bn.py, which centres them, cancels nothing of the mean's size. float16 wants it
+where tensor cores cut off their sums; bfloat16 has no such digits to lose.
 
     gram_kernel           x [M, p] (of [N, H, W, p]) -> partials [split, upper tiles of G, then c]; on request a [M, p]
     gram_reduce_kernel    their sum, in a fixed order, mirrored
@@ -43,14 +44,20 @@ def load_normalised(ptrs, mask_k, mask_n, scale, shift, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def pivot_row(pivot_ptr, affine_ptr, offs, mask, C, HAS_AFFINE: tl.constexpr):
-    """What is subtracted from each row of a: relu(pivot * scale + shift), or the pivot itself."""
+def pivot_row(pivot_ptr, affine_ptr, offs, mask, C, HAS_AFFINE: tl.constexpr, DTYPE: tl.constexpr):
+    """What is subtracted from each row of a, in its dtype: relu(mean * scale + shift), or the pivot itself.
+
+    From 16-bit data only where that is more than 8 std: there the difference is exact, elsewhere it would be rounded.
+    """
     pivot = tl.load(pivot_ptr + offs, mask=mask, other=0.0)
     if HAS_AFFINE:
         scale = tl.load(affine_ptr + offs, mask=mask, other=0.0)
         shift = tl.load(affine_ptr + C + offs, mask=mask, other=0.0)
         pivot = relu(affine(pivot, scale, shift))
-    return pivot
+        if DTYPE.primitive_bitwidth == 16:
+            rstd = tl.load(pivot_ptr + C + offs, mask=mask, other=0.0)
+            pivot = tl.where(pivot * rstd > 8 * tl.abs(scale), pivot, 0.0)
+    return pivot.to(DTYPE)
 
 
 @triton.jit
@@ -118,14 +125,16 @@ def gram_kernel(
             shift_i = tl.load(affine_ptr + C + offs_i, mask=mask_i, other=0.0)
 
     if HAS_PIVOT:
-        pivot_i = pivot_row(pivot_ptr, affine_ptr, offs_i, mask_i, C, HAS_AFFINE)[None, :]
-        pivot_j = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, C, HAS_AFFINE)[None, :]
+        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+        pivot_i = pivot_row(pivot_ptr, affine_ptr, offs_i, mask_i, C, HAS_AFFINE, DTYPE)[None, :]
+        pivot_j = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, C, HAS_AFFINE, DTYPE)[None, :]
 
     a_base = a_ptr
     if STORE_A:  # by the programs of the diagonal
         a_base += row_start.to(tl.int64) * C
         mask_a = mask_j & (row_tile == column_tile)
 
+    OPERAND: tl.constexpr = tl.float64 if ACC == tl.float64 else x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     sums = tl.zeros((LANES, BLOCK_N), dtype=ACC)  # in two dimensions: reduced across threads once, not at every step
@@ -142,9 +151,12 @@ def gram_kernel(
         else:
             a_i = load_normalised(x_rows + x_offs_i, mask_k, mask_i, scale_i, shift_i, EVEN_K)
         left, right = a_i, a_j
-        if HAS_PIVOT:  # a row past the end must not contribute -k
-            left = tl.where(mask_k[:, None], a_i - pivot_i, 0.0).to(ACC)
-            right = tl.where(mask_k[:, None], a_j - pivot_j, 0.0).to(ACC)
+        if HAS_PIVOT:
+            left = (a_i - pivot_i).to(OPERAND)
+            right = (a_j - pivot_j).to(OPERAND)
+            if not EVEN_K:  # a row past the end must not contribute -k
+                left = tl.where(mask_k[:, None], left, 0.0)
+                right = tl.where(mask_k[:, None], right, 0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         # Of the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
         sums += tl.sum(tl.reshape(left, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)

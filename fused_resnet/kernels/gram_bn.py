@@ -120,7 +120,7 @@ def gram_finalize_kernel(
         w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
         tl.store(v_ptr + rows_q + offs_j[None, :], acc, mask=mask)
         if HAS_PIVOT:
-            pivot = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, P, HAS_AFFINE)
+            pivot = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, P, HAS_AFFINE, w_ptr.dtype.element_ty)
             m_j = (exact + pivot.to(tl.float64)).to(ACC)
         mean += tl.sum(w * m_j[None, :], axis=1)
         var += tl.sum(w * acc, axis=1)

@@ -8,8 +8,8 @@ from ..kernels.gram import gram_kernel, gram_reduce_kernel
 from ..plan.config import GemmConfig
 from ..plan.gram import FLUSH_ROWS, gram_reduce_config, gram_tiles
 from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
-from .check import accumulation_dtype, require_nhwc, require_rows
-from .gram_bn import GramGrads, gram_backward, gram_finalize, product_precision, require_pivot, triton_dtype
+from .check import require_nhwc, require_rows
+from .gram_bn import GramGrads, gram_backward, gram_dtype, gram_finalize, product_precision, require_pivot, triton_dtype
 from .record import launch
 
 __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]
@@ -29,8 +29,8 @@ def gram(
     ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x.
     ``stride``: of the pixels, those alone that a 1x1 convolution with it samples (none of them is stored). G and c have
     the accumulation dtype and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
-    ``pivot`` [p], of float32 or float64 data: a row near x's mean. G and c are those of a minus what the prologue makes
-    of it, and ``gram_finalize`` takes it again.
+    ``pivot``: mean and rstd of x's BatchNorm [2, p], or without a prologue any pixel of wide data [1, p]. G and c are
+    those of a minus a row near its mean, and ``gram_finalize`` takes it again. Of float32 data they are float64 then.
     """
     require_nhwc(x, "x")
     N, channels, H, W = x.shape
@@ -39,7 +39,7 @@ def gram(
     if input_affine is not None:
         require_rows(input_affine, 2, channels, x, "input_affine")
     if pivot is not None:
-        require_pivot(pivot, channels, x)
+        require_pivot(pivot, channels, x, input_affine)
     if config.block_m != config.block_n:
         raise ValueError(f"gram takes square tiles, got {config.block_m} x {config.block_n}")
     if rows * channels == 0 or N * H * W >= 2**31:
@@ -47,7 +47,7 @@ def gram(
     if store_a and stride != (1, 1):
         raise ValueError(f"store_a goes with stride 1, got {stride}")
     a = torch.empty_like(x, memory_format=torch.channels_last) if store_a else None
-    dtype = accumulation_dtype(x.dtype) if pivot is None else torch.float64
+    dtype = gram_dtype(x, pivot)
     steps = ceil_div(ceil_div(rows, config.block_k), config.split)
     split = ceil_div(rows, steps * config.block_k)
     tiles = gram_tiles(channels, config.block_n)

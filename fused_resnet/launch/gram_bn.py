@@ -53,9 +53,9 @@ def gram_finalize(
     require_shape(c, (p,), "c")
     require_device(g.device, c=c, weight=weight, counter=counter)
     acc_dtype = accumulation_dtype(weight.dtype)
-    require_dtype(g, acc_dtype if pivot is None else torch.float64, "g")
+    require_dtype(g, gram_dtype(weight, pivot), "g")
     if pivot is not None:
-        require_pivot(pivot, p, weight)
+        require_pivot(pivot, p, weight, input_affine)
         if input_affine is not None:
             require_rows(input_affine, 2, p, weight, "input_affine")
     if rows < 1:
@@ -246,10 +246,17 @@ def _require_weight(weight: torch.Tensor) -> tuple[int, int]:
     return q, p
 
 
-def require_pivot(pivot: torch.Tensor, channels: int, like: torch.Tensor) -> None:
-    """ValueError unless ``pivot`` is a row [channels] of wide data: narrow data would be rounded once more."""
-    require_rows(pivot[None], 1, channels, like, "pivot")
-    require_dtype(pivot, like.dtype, "pivot")
+def require_pivot(pivot: torch.Tensor, channels: int, like: torch.Tensor, input_affine: torch.Tensor | None) -> None:
+    """ValueError unless ``pivot`` is [2, channels] beside an affine, or [1, channels] for wide data without."""
+    require_rows(pivot, 1 if input_affine is None else 2, channels, like, "pivot")
+    if input_affine is None:
+        require_dtype(like, accumulation_dtype(like.dtype), "data with a pivot and no affine")
+
+
+def gram_dtype(like: torch.Tensor, pivot: torch.Tensor | None) -> torch.dtype:
+    """Of G and c: a pivot says that the digits count, and then float32 data have too many for float32 sums."""
+    acc = accumulation_dtype(like.dtype)
+    return torch.float64 if pivot is not None and like.dtype == acc else acc
 
 
 def triton_dtype(t: torch.Tensor) -> tl.dtype:

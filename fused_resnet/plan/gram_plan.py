@@ -58,14 +58,16 @@ def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None 
     epilogue = "residual" if projection is None else "projection"
     stores_dz = _stores_dz(last, target)
     dgrad = "dgrad+gram" if stores_dz else "dgrad+in+gram"
+    pivots = last.dtype != "bfloat16"
     return GramPlan(
-        gram=_measured(last, "gram", target, _gram_config(last, target)),
+        gram=_measured(last, "gram", target, _gram_config(last, target, pivots)),
         fprop=_measured(last, fprop, target, default_config(last, "fprop", target, epilogue=epilogue)),
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
         dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),
         projection=None if projection is None else _gram_projection(projection, target),
         stores_a=stores_a,
+        pivots=pivots,
         centres=ELEMENT_BYTES.get(last.dtype, 2) > 2,
         stores_dz=stores_dz,
     )
@@ -104,10 +106,15 @@ def _gram_projection(projection: ConvProblem, target: Target) -> GramProjection:
     )
 
 
-def _gram_config(conv: ConvProblem, target: Target) -> GemmConfig:
-    itemsize = ELEMENT_BYTES.get(conv.dtype, 2)
+def _gram_config(conv: ConvProblem, target: Target, pivots: bool = False) -> GemmConfig:
     return gram_config(
-        conv.M, conv.Ci, target.sm_count, itemsize=itemsize, interpreter=target.interpreter, sm=target.sm
+        conv.M,
+        conv.Ci,
+        target.sm_count,
+        itemsize=ELEMENT_BYTES.get(conv.dtype, 2),
+        sm=target.sm,
+        pivots=pivots,
+        interpreter=target.interpreter,
     )
 
 

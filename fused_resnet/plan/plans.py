@@ -61,8 +61,10 @@ class GramPlan:
     """None where there is none, or where it is staged."""
     stores_a: bool = False
     """The Gram kernel writes the input as it formed it, for fprop to read; else fprop forms it again on load."""
+    pivots: bool = False
+    """The Gram kernel subtracts a pivot: of all data but bfloat16's, whose digits its sums hold anyway."""
     centres: bool = False
-    """The kernels subtract a pivot, or the mean, from what they multiply: where operands are not rounded to 16 bits."""
+    """Of wide data: backward's kernels subtract the means from what they multiply."""
     stores_dz: bool = True
     """``masked_wgrad`` writes the dz that it forms; else who reads it forms it again, from the mask (if they can:
     :attr:`Plan.stores_dz`)."""

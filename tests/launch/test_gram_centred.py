@@ -32,10 +32,11 @@ def far_case(dtype, device, dz_mean=0.0, offset=FAR):
 
 
 def centre(case):
-    """A row near x's mean, and what the prologue makes of it."""
-    pivot = case.x.mean((0, 2, 3))
+    """x's mean and rstd, and what the prologue makes of the mean."""
+    x = case.x.to(case.input_affine.dtype)
+    mean = x.mean((0, 2, 3))
     scale, shift = case.input_affine
-    return pivot, torch.relu(pivot * scale + shift)
+    return torch.stack([mean, x.var((0, 2, 3)) ** -0.5]), torch.relu(mean * scale + shift)
 
 
 @pytest.mark.quick
@@ -50,10 +51,24 @@ def test_gram_of_what_is_left_of_the_pivot(dtype, config, device):
     assert relative(g, left.T @ left) < 1e-14 and relative(c, left.sum(0)) < 1e-11
 
 
+@pytest.mark.quick
+def test_gram_in_float16(device):
+    """A pivot where a channel is more than 8 std from zero, and there exactly; nothing is rounded anywhere else."""
+    case = make_case((3, 7, 6), 20, 40, torch.float16, device)
+    case.input_affine[1, :10] = 30.0  # 30 std, about; the others 0 to 2
+    pivot, k = centre(case)
+    far = k * pivot[1] > 8 * case.input_affine[0].abs()
+    assert far[:10].all() and not far[10:].any()
+    g, c, a = gram(case.x, case.input_affine, SMALL, pivot=pivot, store_a=True)
+    left = matrix(case.a) - torch.where(far, k, 0.0).half().double()
+    assert g.dtype == c.dtype == torch.float32 and torch.equal(a, case.a)
+    assert relative(g, left.T @ left) < 1e-6 and relative(c, left.sum(0)) < 1e-6
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
 def test_gram_of_an_input_as_it_is(stride, device):
     x = (nhwc(2, 20, 7, 5) + FAR).float().contiguous(memory_format=torch.channels_last).to(device)
-    g, c, _ = gram(x, None, SMALL, stride=stride, pivot=x[0, :, 2, 2])
+    g, c, _ = gram(x, None, SMALL, stride=stride, pivot=x[:1, :, 2, 2])
     left = matrix(x[:, :, :: stride[0], :: stride[1]]) - x[0, :, 2, 2].double()
     assert relative(g, left.T @ left) < 1e-14 and relative(c, left.sum(0)) < 1e-13
 
@@ -168,8 +183,10 @@ def test_errors(device):
     case = far_case(torch.float16, device)
     n, p, h, w = case.x.shape
     q, mean = case.dz.shape[1], torch.zeros(p, device=device)
-    with pytest.raises(ValueError, match="pivot must be"):
-        gram(case.x, case.input_affine, SMALL, pivot=mean)
+    with pytest.raises(ValueError, match="pivot must have shape"):
+        gram(case.x, case.input_affine, SMALL, pivot=mean[None])
+    with pytest.raises(ValueError, match="data with a pivot and no affine"):
+        gram(case.x, None, SMALL, pivot=mean[None])
     bits = empty_bits(case.dz.shape, device)
     with pytest.raises(ValueError, match="what input_mean is subtracted from"):
         gram_wgrad(case.dz, bits, case.x, case.input_affine, TILED, store_dz=False, input_mean=mean)
