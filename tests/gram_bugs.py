@@ -52,7 +52,7 @@ BUGS = [
         "the Gram matrix of float32 data in float32",
         "launch.gram",
         "partial = torch.empty((split, elements), dtype=dtype,",
-        "partial = torch.empty((split, elements), dtype=accumulation_dtype(x.dtype),",
+        "partial = torch.empty((split, elements), dtype=torch.float32,",
         ("filters orthogonal to the data, float32",),
     ),
     Bug(
