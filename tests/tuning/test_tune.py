@@ -30,7 +30,7 @@ from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="stands in for a GPU with the interpreter")
 
-HERE = replace(H100, name="NVIDIA Test GPU")
+HERE = replace(H100, name="NVIDIA Test GPU", sm_count=4)  # so that no kernel is cut into many programs
 CPU = torch.device("cpu")
 FIRST = ConvProblem(2, 6, 6, 64, 64, dtype="float16")
 CHAIN = ChainProblem((FIRST, replace(FIRST, Co=128)), residual="given")
@@ -307,3 +307,29 @@ def test_candidates_are_compiled_ahead_each_piece_of_code_once(few: None, monkey
     (fprop,) = (slot for slot in slots.slots(plan, HERE) if slot.kind == "fprop")
     assert blocks == {config.block_m for config in fprop.candidates}
     assert found.routes, "what does not compile is found out when it is tried"
+
+
+def _square(ci: int, co: int, size: int = 1, stride: int = 1) -> ConvProblem:
+    return ConvProblem(1, 8, 8, ci, co, size, size, (stride, stride), (size // 2, size // 2), dtype="float16")
+
+
+OTHERS = {
+    "stem": ChainProblem((replace(_square(3, 32, 7, 2), H=16, W=16),)),
+    "basic block": ChainProblem((_square(64, 64, 3),) * 2, residual="identity"),
+    "projection": ChainProblem((_square(32, 16), _square(16, 16, 3), _square(16, 64)), _square(32, 64), "projection"),
+    "groups": ChainProblem((_square(64, 32), replace(_square(32, 32, 3), groups=4), _square(32, 64)), None, "identity"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", OTHERS.values(), ids=OTHERS)
+def test_every_kind_of_chain_can_be_measured(chain: ChainProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "FEW", 2)  # for a 3x3 one by pointers and one in boxes
+    found, lines = run(Clock(by_width), {chain: 1})
+    assert not any("left out" in line for line in lines), lines
+    times = found.routes[tables.chain_key(chain)]["us"]
+    assert {"staged", "reference"} <= set(times) and ("gram" in times) == (len(chain.convs) == 3)
+    for conv in (*chain.convs, *([chain.projection] if chain.projection else [])):
+        passes = found.entries.get(tables.problem_key(conv), {})
+        assert bool(passes) == (conv.groups == 1)
+    planner.plan_chain(chain, HERE)
