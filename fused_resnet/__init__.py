@@ -6,6 +6,7 @@ networks.
 
 from . import functional, reference
 from .compiling import warmup
+from .convert import Report, convert, patch, revert
 from .explain import Explanation, explain
 from .launch.record import Launch, record_launches
 from .modules.blocks import BasicBlock, Bottleneck
@@ -37,14 +38,17 @@ __all__ = [
     "ConvBNReLU",
     "Explanation",
     "Launch",
+    "Report",
     "ResNet",
     "RouteUnavailableError",
     "Stem",
     "Target",
     "cifar_plain",
     "cifar_resnet",
+    "convert",
     "explain",
     "functional",
+    "patch",
     "plain",
     "record_launches",
     "reference",
@@ -56,6 +60,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "revert",
     "use_route",
     "warmup",
     "wide_resnet50_2",

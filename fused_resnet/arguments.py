@@ -44,6 +44,9 @@ class BatchNorm(NamedTuple):
     training: bool = True
 
 
+Layer = tuple[Conv, BatchNorm]
+
+
 def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
     """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
     training, tracks = module.training, module.track_running_stats
@@ -70,7 +73,7 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def check_layers(layers: Sequence[tuple[Conv, BatchNorm]], count: int) -> None:
+def check_layers(layers: Sequence[Layer], count: int) -> None:
     if len(layers) != count:
         raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
 
@@ -161,9 +164,6 @@ class MemoryOptions(NamedTuple):
 
     recompute: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
-
-
-NOTHING_SAID = MemoryOptions()
 
 
 def memory_options(recompute: Sequence[str], keep: Sequence[str]) -> MemoryOptions:

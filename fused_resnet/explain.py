@@ -220,7 +220,7 @@ def _is_ours(model: nn.Module, owner: str) -> bool:
 
     def ours(module: nn.Module) -> bool:
         return any(
-            cls.__module__.startswith(("fused_resnet.modules", "fused_resnet.convert")) for cls in type(module).__mro__
+            cls.__module__.startswith(("fused_resnet.modules", "fused_resnet.families")) for cls in type(module).__mro__
         )
 
     if owner == LOSS:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .arguments import (
-    NOTHING_SAID,
     BatchNorm,
     Conv,
+    Layer,
     MemoryOptions,
     Pair,
     batch_norm_of,
@@ -46,12 +46,16 @@ from .reference import ops as reference
 __all__ = [
     "BatchNorm",
     "Conv",
+    "Layer",
+    "MemoryOptions",
     "basic_block",
     "batch_norm_of",
     "bn_add_relu",
     "bottleneck",
+    "conv_bn_chain",
     "conv_bn_relu",
     "conv_of",
+    "memory_options",
     "stem",
 ]
 
@@ -74,13 +78,13 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(bn(conv(x)) + residual)``: [N, Ci, H, W] to [N, Co, P, Q]; ``residual`` has the output's shape."""
     conv = Conv(weight, _pair(stride), _pair(padding), _pair(dilation), groups)
-    return run_chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
+    return conv_bn_chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
 
 
 def basic_block(
     x: Tensor,
-    layers: Sequence[tuple[Conv, BatchNorm]],
-    projection: tuple[Conv, BatchNorm] | None = None,
+    layers: Sequence[Layer],
+    projection: Layer | None = None,
     *,
     residual: Tensor | None = None,
     recompute: Sequence[str] = (),
@@ -92,14 +96,14 @@ def basic_block(
     ``recompute`` and ``keep``: as in :func:`bottleneck`.
     """
     check_layers(layers, 2)
-    memory = memory_options(recompute, keep)
-    return run_chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
+    options: dict[str, Any] = {"residual": residual, "recompute": recompute, "keep": keep, "route": route}
+    return conv_bn_chain(x, layers, projection, identity=True, **options)
 
 
 def bottleneck(
     x: Tensor,
-    layers: Sequence[tuple[Conv, BatchNorm]],
-    projection: tuple[Conv, BatchNorm] | None = None,
+    layers: Sequence[Layer],
+    projection: Layer | None = None,
     *,
     residual: Tensor | None = None,
     recompute: Sequence[str] = (),
@@ -113,8 +117,8 @@ def bottleneck(
     it takes less time. To plain PyTorch, where that is what runs, they mean nothing.
     """
     check_layers(layers, 3)
-    memory = memory_options(recompute, keep)
-    return run_chain(x, layers, projection, residual=residual, identity=True, memory=memory, route=route)
+    options: dict[str, Any] = {"residual": residual, "recompute": recompute, "keep": keep, "route": route}
+    return conv_bn_chain(x, layers, projection, identity=True, **options)
 
 
 def bn_add_relu(
@@ -189,17 +193,24 @@ NOTHING = (None,) * len(chain.FIELDS)
 """The tensors of a projection that is not there."""
 
 
-def run_chain(
+def conv_bn_chain(
     x: Tensor,
-    layers: Sequence[tuple[Conv, BatchNorm]],
-    projection: tuple[Conv, BatchNorm] | None = None,
+    layers: Sequence[Layer],
+    projection: Layer | None = None,
     *,
     residual: Tensor | None = None,
     identity: bool = False,
     relu: bool = True,
-    memory: MemoryOptions = NOTHING_SAID,
+    recompute: Sequence[str] = (),
+    keep: Sequence[str] = (),
     route: str | None = None,
 ) -> Tensor:
+    """One to three conv-BN layers with ReLUs between, a shortcut, and a last ReLU unless ``relu`` is False.
+
+    The shortcut is ``projection`` of x, a ``residual`` given, x itself with ``identity=True``, or none. ``recompute``
+    and ``keep``: as in :func:`bottleneck`.
+    """
+    memory = memory_options(recompute, keep)
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
     dtype, device = _compute_dtype(x), x.device
@@ -217,7 +228,7 @@ def run_chain(
         raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
     added = x if kind == "identity" else residual
     if _widens(added, dtype):
-        return _add(run_chain(x, layers, relu=False, memory=memory, route=route), added, relu)
+        return _add(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
 
     everything = [*layers, projection] if projection else layers
     training = everything[0][1].training
@@ -262,8 +273,8 @@ def run_chain(
 
 def _layer_by_layer(
     x: Tensor,
-    layers: Sequence[tuple[Conv, BatchNorm]],
-    projection: tuple[Conv, BatchNorm] | None,
+    layers: Sequence[Layer],
+    projection: Layer | None,
     residual: Tensor | None,
     kind: str,
     relu: bool,
@@ -271,18 +282,18 @@ def _layer_by_layer(
 ) -> Tensor:
     """Layers of which only some have frozen statistics: one fused operation each."""
     if projection is not None:
-        residual = run_chain(x, (projection,), relu=False, route=route)
+        residual = conv_bn_chain(x, (projection,), relu=False, route=route)
     elif kind == "identity":
         residual = x
     for layer in layers[:-1]:
-        x = run_chain(x, (layer,), route=route)
-    return run_chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
+        x = conv_bn_chain(x, (layer,), route=route)
+    return conv_bn_chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
 
 
 def _reference_chain(
     x: Tensor,
-    layers: Sequence[tuple[Conv, BatchNorm]],
-    projection: tuple[Conv, BatchNorm] | None,
+    layers: Sequence[Layer],
+    projection: Layer | None,
     residual: Tensor | None,
     kind: str,
     relu: bool,
@@ -399,7 +410,7 @@ def _nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last) if _is_channels_last(t) else _ToNHWC.apply(t)  # type: ignore[no-any-return]
 
 
-def _parameters(*layers: tuple[Conv, BatchNorm]) -> list[Tensor | None]:
+def _parameters(*layers: Layer) -> list[Tensor | None]:
     return [t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias)]
 
 

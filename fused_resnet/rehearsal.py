@@ -23,8 +23,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from .families.children import passive
 from .launch.record import Launch, OnKernel, rehearse_launches
-from .modules.children import passive
 from .plan.cost import Cost, eager_costs
 from .plan.plans import Plan, decode
 

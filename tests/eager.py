@@ -81,7 +81,7 @@ class Chain:
         def layer(p: Pair) -> tuple[functional.Conv, functional.BatchNorm]:
             return functional.conv_of(p[0]), functional.batch_norm_of(p[1])
 
-        return functional.run_chain(
+        return functional.conv_bn_chain(
             self.x,
             [layer(p) for p in self.pairs],
             layer(self.projection) if self.projection else None,

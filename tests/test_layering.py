@@ -1,6 +1,6 @@
 """The architecture, kept true: imports point downward, the lower layers read no environment, importing asks nothing.
 
-module -> functional -> autograd -> plan -> launch -> kernels        reference: a leaf, beside them all
+modules -> families -> functional -> autograd -> plan -> launch -> kernels        reference: a leaf, beside them all
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "autograd": {"autograd", "launch", "plan", "reference"},
     "arguments": set(),
     "functional": {"functional", "arguments", "autograd", "plan", "reference"},
-    "modules": {"modules", "functional", "plan", "reference"},
-    "convert": {"convert", "modules", "functional", "plan", "reference"},
+    "families": {"families", "functional", "plan"},
+    "modules": {"modules", "families", "functional", "reference"},
+    "convert": {"convert", "explain", "modules", "families", "functional", "plan"},
 }
 """What each layer may import of the package; whatever is not listed here (explain, __main__, ...) stands on top."""
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional
+from ..families.children import Obstacle, Unscriptable
+from ..families.residual import RELU, gather, run
 from ..reference import ConvBNReLU as PlainConvBNReLU
-from .children import Unscriptable, may_fuse
+
+POOL = nn.MaxPool2d(3, stride=2, padding=1)
 
 
 class ConvBNReLU(Unscriptable, PlainConvBNReLU):
@@ -18,19 +22,8 @@ class ConvBNReLU(Unscriptable, PlainConvBNReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_fuse(x, self.conv, self.bn):
-            return super().forward(x)
-        conv, bn = functional.conv_of(self.conv), functional.batch_norm_of(self.bn)
-        return functional.conv_bn_relu(
-            x,
-            conv.weight,
-            bn,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            relu=self.relu,
-        )
+        steps = gather((self.conv, self.bn, RELU if self.relu else None))
+        return super().forward(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
 
 
 class BNAddReLU(Unscriptable, nn.BatchNorm2d):
@@ -57,10 +50,7 @@ class Stem(Unscriptable):
         self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, bn = self.conv1, self.bn1
-        if not may_fuse(x, conv, bn) or conv.dilation != (1, 1) or conv.groups != 1:
-            return nn.functional.max_pool2d(nn.functional.relu(bn(conv(x))), 3, stride=2, padding=1)
-        record = functional.conv_of(conv)
-        return functional.stem(
-            x, conv.weight, functional.batch_norm_of(bn), stride=record.stride, padding=record.padding
-        )
+        steps = gather((self.conv1, self.bn1, RELU, POOL))
+        if isinstance(x, Proxy) or isinstance(steps, Obstacle):
+            return POOL(RELU(self.bn1(self.conv1(x))))  # type: ignore[no-any-return]
+        return run(steps, x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx import Proxy
 
-from .. import functional, reference
+from .. import reference
+from ..families.children import Obstacle, Unscriptable
+from ..families.residual import gather, run
 from .blocks import BasicBlock, Bottleneck
-from .children import Unscriptable, is_stem_pool, is_untouched, may_fuse
 from .layers import ConvBNReLU
 
 
@@ -24,12 +26,8 @@ class ResNet(Unscriptable, reference.ResNet):
     """:class:`fused_resnet.reference.ResNet` with a fused stem; the blocks bring their own fusion."""
 
     def stem(self, x: Tensor) -> Tensor:
-        if not (may_fuse(x, self.conv1, self.bn1) and is_untouched(self.relu, nn.ReLU)):
-            return super().stem(x)
-        conv, bn = functional.conv_of(self.conv1), functional.batch_norm_of(self.bn1)  # type: ignore[arg-type]
-        if is_stem_pool(self.maxpool) and conv.dilation == (1, 1) and conv.groups == 1:
-            return functional.stem(x, conv.weight, bn, stride=conv.stride, padding=conv.padding)
-        return self.maxpool(functional.conv_bn_relu(x, bn=bn, **conv._asdict()))
+        steps = gather((self.conv1, self.bn1, self.relu, self.maxpool))
+        return super().stem(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
 
 
 family = reference.Family(BasicBlock, Bottleneck, PlainBlock, PlainBottleneck, ResNet)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import BatchNorm, Conv, MemoryOptions
 from ..autograd.chain import FIELDS, SLOTS, conv_chain
-from ..functional import run_chain
+from ..functional import conv_bn_chain
 from ..plan.plans import ChainProblem, Plan
 from ..plan.problem import ConvProblem
 
@@ -81,7 +81,7 @@ class ChainStep:
         p = self.problem
 
         def forward() -> Tensor:
-            return run_chain(
+            return conv_bn_chain(
                 self.x,
                 self.layers,
                 self.projection,

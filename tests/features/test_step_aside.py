@@ -214,8 +214,8 @@ EDITS: dict[str, tuple[Edit, bool]] = {
     "absent shortcut": (lambda b: setattr(b, "downsample", None), True),
     "bias": (biased, False),
     "padding by name": (lambda b: setattr(b.conv2, "padding", "same"), False),
-    "leaky activation": (lambda b: setattr(b, "relu", nn.LeakyReLU(0.1)), False),
-    "capped activation": (lambda b: setattr(b, "relu", nn.ReLU6()), False),
+    "leaky activation": (lambda b: setattr(b, "relu", nn.LeakyReLU(0.1)), True),
+    "capped activation": (lambda b: setattr(b, "relu", nn.ReLU6()), True),
     "instance norm": (lambda b: setattr(b, "bn2", nn.InstanceNorm2d(3, affine=True).double()), False),
 }
 

@@ -1,0 +1,133 @@
+"""``convert`` and ``revert``: the class of every block that can be fused, changed in place and changed back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from .. import functional
+from ..explain import explain
+from ..families import huggingface, structural, timm, torchvision
+from ..families.children import Obstacle
+from ..families.fused import Fused, FusedBlock, fused_class, original_class
+from ..plan import store
+from .report import Report
+
+MIXINS: dict[str, type[Fused]] = {**torchvision.MIXINS, **timm.MIXINS, **huggingface.MIXINS}
+"""What a class of a known family becomes, by its qualified name: no library is imported to know its classes."""
+
+
+def convert(
+    model: nn.Module,
+    *,
+    example_input: Tensor | Sequence[Tensor] | None = None,
+    recompute: Sequence[str] = (),
+    keep: Sequence[str] = (),
+) -> Report:
+    """Makes the residual blocks and stems of ``model`` fused, in place; says which, and why not the others.
+
+    torchvision's, timm's and Hugging Face's ResNets are known by their classes, detectron2's, mmdetection's and others
+    by their structure, which is then proven on numbers. Only the class of a module changes: parameters, buffers, hooks,
+    optimizer state and pickling stay valid, the family's ``isinstance`` holds, and :func:`revert` undoes it. Subclasses
+    of a known block, blocks used in several places and those that FSDP has wrapped are kept as they are. With an
+    ``example_input`` the report says what would run for it, as :func:`fused_resnet.explain` does. ``recompute`` and
+    ``keep`` become attributes of the blocks: see :func:`fused_resnet.functional.bottleneck`. TypeError: a scripted
+    model. ValueError: unknown options.
+    """
+    memory = functional.memory_options(recompute, keep)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("a scripted model cannot be converted; convert the model that it was made from")
+    store.load()  # what was measured on this machine; later something may trace
+    report = Report()
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, module, parent in _with_parents(model):
+        mixin = _mixin(module, parent, places[id(module)])
+        part = mixin if isinstance(mixin, Obstacle) or mixin is None else _fuse(module, mixin)
+        if part is None:
+            continue
+        if isinstance(part, Obstacle) and not isinstance(module, Fused):
+            report.kept.append((name, part.reason))
+            continue
+        if isinstance(module, FusedBlock):
+            vars(module).update({option: names for option, names in memory._asdict().items() if names})
+        report.converted.append((name, part.reason if isinstance(part, Obstacle) else part))
+        if not isinstance(part, Obstacle):
+            report.fused_now.append((name, part))
+    if example_input is not None:
+        report.fused_now[:] = _fused_for(model, example_input, report)
+    return report
+
+
+def revert(model: nn.Module) -> Report:
+    """Undoes :func:`convert` wherever a class is still the one it gave; every edit made since stays.
+
+    ``Report.converted`` are the modules restored, ``Report.kept`` those whose class something else has changed since.
+    """
+    report = Report()
+    for name, module in model.named_modules():
+        original = original_class(type(module))
+        if original is not None:
+            module.__class__ = original
+            for option in functional.MemoryOptions._fields:
+                vars(module).pop(option, None)
+            report.converted.append((name, f"{original.__module__}.{original.__qualname__} again"))
+        elif isinstance(module, Fused) and any(original_class(base) for base in type(module).__mro__):
+            report.kept.append((name, f"its class was changed to {type(module).__name__} since"))
+    return report
+
+
+def _with_parents(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
+    parents: dict[int, nn.Module] = {id(child): module for module in model.modules() for child in module.children()}
+    return [(name, module, parents.get(id(module))) for name, module in model.named_modules()]
+
+
+def _fuse(module: nn.Module, mixin: type[Fused]) -> str | Obstacle:
+    """Changes the class of ``module``, unless what stands against it will last; says what of it is fused."""
+    kind = type(module)
+    if original_class(kind) is None:
+        module.__class__ = fused_class(mixin, kind)
+    part: str | Obstacle = module.fused_part()  # type: ignore[operator]
+    if isinstance(part, Obstacle) and not part.passing:
+        module.__class__ = kind
+    return part
+
+
+def _fused_for(model: nn.Module, example: Tensor | Sequence[Tensor], report: Report) -> list[tuple[str, str]]:
+    """Of the converted modules those that run kernels for ``example``, with the planner's reasons."""
+    first = example if isinstance(example, Tensor) else example[0]
+    autocast = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else None
+    rows = explain(model, example_input=example, dtype=autocast or first.dtype).rows
+    found = {row.name: f"{row.route}: {row.reason}" for row in rows if row.source == "fused"}
+    return [(name, found[name or "(model)"]) for name, _ in report.converted if (name or "(model)") in found]
+
+
+def _mixin(module: nn.Module, parent: nn.Module | None, places: int) -> type[Fused] | Obstacle | None:
+    """What makes ``module`` fused, why it is kept, or None for what is no residual block or is fused anyhow."""
+    kind = type(module)
+    if isinstance(module, Fused):
+        return kind.__bases__[0] if original_class(kind) is not None else None
+    known = MIXINS.get(_qualified(kind))
+    ancestor = next((base for base in kind.__mro__[1:] if _qualified(base) in MIXINS), None)
+    if known is None and ancestor is None and not structural.is_candidate(module):
+        return None
+    if isinstance(module, FSDPModule) or isinstance(parent, FullyShardedDataParallel):
+        return Obstacle("FSDP has wrapped it; convert before")
+    if known is None and ancestor is not None:
+        return Obstacle(f"{kind.__name__} is a subclass of {_qualified(ancestor)}")
+    if "forward" in vars(module):
+        return Obstacle("its forward was replaced")
+    if places > 1:
+        return Obstacle("it is used in several places")
+    if known is None:
+        obstacle = structural.why_not(module)
+        return structural.StructuralBlock if obstacle is None else obstacle
+    return known
+
+
+def _qualified(kind: type[Any]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

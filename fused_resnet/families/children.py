@@ -1,0 +1,128 @@
+"""Whether a module's children may be computed together, or somebody expects each of them to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..functional import BatchNorm, batch_norm_of
+from ..plan import store
+
+
+class Obstacle(NamedTuple):
+    """Why layers have to be called one by one. ``passing``: whoever caused it may take it away again."""
+
+    reason: str
+    passing: bool = False
+
+
+ReadNorm = Callable[[nn.Module], BatchNorm]
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+class Unscriptable(nn.Module):
+    """A module that TorchScript cannot compile, and that says so itself rather than by whatever it stumbles over.
+
+    Making one, copies and unpickled ones too, reads what was measured on this machine: later something may trace.
+    """
+
+    def __new__(cls, *_arguments: Any, **_keywords: Any) -> Any:
+        store.load()
+        return super().__new__(cls)
+
+    def __prepare_scriptable__(self) -> NoReturn:  # asked by torch.jit.script, of every module below as well
+        raise RuntimeError(
+            f"{type(self).__name__} runs Triton kernels, which TorchScript cannot hold: take torch.compile or "
+            "torch.export, or script the same network of fused_resnet.reference, which takes the same state dict"
+        )
+
+
+def passive(hook: Hook) -> Hook:
+    """Marks a global hook that need not be called for the children of a fused block."""
+    hook.is_passive = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _is_watched_globally() -> bool:
+    """Whether somebody registered a hook for every module there is (``register_module_forward_hook`` and others)."""
+    if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
+        return False
+    kinds = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    return any(not getattr(hook, "is_passive", False) for kind in kinds for hook in kind.values())
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """``module`` is exactly a ``kind`` and calling it runs nothing but its class's forward.
+
+    Hooks (pruning is one), a parametrisation or sharding (they change the class) and a forward replaced on the instance
+    all expect the call itself; a subclass may compute something else.
+    """
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _is_watched_globally()
+    )
+
+
+def why_not_conv(conv: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> Obstacle | None:
+    """Why ``conv`` is not what a fused layer computes. ``kind``: the exact class its family uses."""
+    if type(conv) is not kind:
+        return Obstacle(f"{_name(conv)} is not {kind.__name__}", passing=is_parametrized(conv))
+    if not is_untouched(conv, kind):
+        return Obstacle(f"{_name(conv)} carries hooks or another forward", passing=True)
+    if conv.bias is not None:
+        return Obstacle("a convolution has a bias")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return Obstacle("a convolution pads otherwise than by a number of zeros")
+    return None
+
+
+def why_not_norm(norm: object) -> Obstacle | None:
+    """Why ``norm`` is not the batch normalisation of a fused layer."""
+    if not isinstance(norm, nn.Module):
+        return Obstacle("a convolution without a normalisation behind it")
+    if norm_reader(norm) is None:
+        return Obstacle(f"{_name(norm)} is no normalisation that is fused", passing=is_parametrized(norm))
+    if not is_untouched(norm, type(norm)):
+        return Obstacle(f"{_name(norm)} carries hooks or another forward", passing=True)
+    return None
+
+
+def norm_reader(norm: nn.Module) -> ReadNorm | None:
+    """What reads ``norm`` as a record; None for a kind of normalisation that is not fused."""
+    kind = type(norm)
+    if kind is nn.BatchNorm2d or has_activation(norm):
+        return batch_norm_of  # type: ignore[return-value]
+    # torchvision's and detectron2's: four buffers and an eps
+    if kind.__name__ == "FrozenBatchNorm2d" and {"weight", "bias", "running_mean", "running_var"} <= {*norm._buffers}:
+        return _frozen if isinstance(getattr(norm, "eps", None), float) else None
+    return None
+
+
+def has_activation(norm: nn.Module) -> bool:
+    """Whether ``norm`` is timm's BatchNorm2d that goes on to its children ``drop`` and ``act``."""
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+
+
+def _frozen(norm: nn.Module) -> BatchNorm:
+    weight, bias, mean, var = (norm._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
+    return BatchNorm(weight, bias, mean, var, eps=norm.eps, training=False)  # type: ignore[arg-type]
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

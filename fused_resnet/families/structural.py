@@ -1,0 +1,110 @@
+"""Residual blocks of any origin, by the names of their children; :func:`why_not` proves on numbers what they compute.
+
+detectron2's blocks own a normalisation in every convolution; mmdetection's and most home-made ones are built as
+torchvision's. None of the libraries is imported. The names only propose what a block calls: the proposal's outputs,
+gradients and running statistics have to agree with those of the block's own forward, in training and in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan.route import use_route
+from .children import Obstacle
+from .fused import FusedBlock, fused_class
+from .residual import RELU, Residual, Step, gather
+
+NORMS = ("bn{}", "norm{}")
+ACTIVATIONS = ("relu{}", "act{}", "relu", "act", "activation")
+SHORTCUTS = ("downsample", "shortcut")
+TOLERANCE = 1e-9
+"""Of float64 results that only differ in the order of their sums."""
+
+
+class StructuralBlock(FusedBlock):
+    """``conv1`` to ``conv2`` or ``conv3``, each with a normalisation, an optional activation and a shortcut."""
+
+    def residual(self) -> Residual | Obstacle:
+        children: dict[str, Any] = self._modules
+        explained = set()
+
+        def child(names: tuple[str, ...], i: int = 0) -> Any:
+            for name in (name.format(i) for name in names):
+                if name in children:
+                    explained.add(name)
+                    return children[name]
+            return None
+
+        count = 3 if "conv3" in children else 2
+        branch: list[Step | None] = []
+        for i in range(1, count + 1):
+            conv = child(("conv{}",), i)
+            owned = conv._modules.get("norm")
+            branch += [conv, owned if owned is not None else child(NORMS, i)]
+            activation = child(ACTIVATIONS, i) or RELU
+            if i < count:
+                branch.append(activation)
+        shortcut = child(SHORTCUTS)
+        steps: tuple[Step | None, ...] = (shortcut,)
+        if isinstance(shortcut, nn.Conv2d):
+            steps = (shortcut, shortcut._modules.get("norm"))
+            obstacle = gather(steps, type(shortcut))
+            if isinstance(obstacle, Obstacle):
+                return obstacle
+        others = [name for name, module in children.items() if name not in explained and module is not None]
+        if others:
+            return Obstacle(f"its structure does not tell what {', '.join(others)} does")
+        return Residual(tuple(branch), steps, activation, type(children["conv1"]))
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """``module`` has at least two convolutions of its own, named as the blocks of a ResNet name them."""
+    return all(isinstance(module._modules.get(name), nn.Conv2d) for name in ("conv1", "conv2"))
+
+
+def why_not(block: nn.Module) -> Obstacle | None:
+    """Why ``block`` may not be taken for a residual block of its children, tried on small random images."""
+    described = StructuralBlock.residual(block)  # type: ignore[arg-type]
+    if isinstance(described, Obstacle):
+        return described
+    gathered = gather(described.branch, described.conv)
+    if isinstance(gathered, Obstacle):
+        return gathered
+    if any(t.is_meta for t in (*block.parameters(), *block.buffers())):
+        return Obstacle("on the meta device nothing can be tried; convert it when it has its weights")
+    try:
+        for training in (True, False):
+            theirs, ours = (copy.deepcopy(block).cpu().double().train(training) for _ in range(2))
+            ours.__class__ = fused_class(StructuralBlock, type(block))
+            for mine, other in zip(_results(ours), _results(theirs), strict=True):
+                if not torch.allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE):
+                    return Obstacle("its forward is not that of a residual block of its children")
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        return Obstacle(f"it could not be tried: {error}")
+    return None
+
+
+def _results(block: nn.Module) -> list[Tensor]:
+    """Output, gradients and buffers of ``block`` on an image and with parameters that are the same at every call."""
+    random = torch.Generator().manual_seed(0)
+    for t in (*block.parameters(), *block.buffers()):
+        if t.is_floating_point():  # away from zero, so that no branch hides
+            t.data.copy_(torch.rand(t.shape, generator=random, dtype=t.dtype) + 0.5)
+    for t in block.parameters():
+        t.requires_grad_()
+        if t.dim() > 1:
+            t.data.copy_(torch.randn(t.shape, generator=random, dtype=t.dtype) / t[0].numel() ** 0.5)
+    conv: Any = block.conv1
+    image = torch.randn(2, conv.in_channels, 13, 13, generator=random, dtype=torch.float64, requires_grad=True)
+    with torch.random.fork_rng(devices=()), torch.enable_grad(), use_route("reference"):
+        torch.manual_seed(0)
+        out = block(image)
+        if not isinstance(out, Tensor):
+            raise TypeError("it returns no tensor")
+        out.backward(torch.randn(out.shape, generator=random, dtype=out.dtype))
+    gradients = [image.grad, *(t.grad for t in block.parameters())]
+    return [out.detach(), *(torch.zeros(()) if t is None else t for t in gradients), *block.buffers()]

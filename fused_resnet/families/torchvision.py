@@ -1,0 +1,57 @@
+"""torchvision's blocks and network, and every block that has their children's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .children import Obstacle
+from .fused import FusedBlock, FusedStem
+from .residual import Residual, Step, run
+
+
+def basic_block(block: nn.Module, *tail: Step) -> Residual:
+    """``block`` as torchvision's BasicBlock calls its children; ``tail``: what is called before the sum."""
+    branch = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, *tail)
+    return Residual(branch, (block.downsample,), block.relu)  # type: ignore[arg-type]
+
+
+def bottleneck(block: nn.Module, *tail: Step) -> Residual:
+    """``block`` as torchvision's Bottleneck calls its children; ``tail``: what is called before the sum."""
+    first = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu)
+    return Residual((*first, block.conv3, block.bn3, *tail), (block.downsample,), block.relu)  # type: ignore[arg-type]
+
+
+class TorchvisionBasicBlock(FusedBlock):
+    def residual(self) -> Residual:
+        return basic_block(self)
+
+
+class TorchvisionBottleneck(FusedBlock):
+    def residual(self) -> Residual:
+        return bottleneck(self)
+
+
+class TorchvisionResNet(FusedStem):
+    """The network: its stem is one operation, the rest is called as it is."""
+
+    def stem(self) -> Sequence[Step]:
+        return (self.conv1, self.bn1, self.relu, self.maxpool)  # type: ignore[return-value]
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = self.gathered_stem(x)
+        if isinstance(stem, Obstacle):
+            return super()._forward_impl(x)  # type: ignore[misc, no-any-return]
+        x = run(stem, x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)  # type: ignore[operator]
+        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[operator, no-any-return]
+
+
+MIXINS = {
+    "torchvision.models.resnet.BasicBlock": TorchvisionBasicBlock,
+    "torchvision.models.resnet.Bottleneck": TorchvisionBottleneck,
+    "torchvision.models.resnet.ResNet": TorchvisionResNet,
+}
