@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import BatchNorm, Conv, MemoryOptions
+from ..arguments import BatchNorm, Conv
 from ..autograd.chain import FIELDS, SLOTS, conv_chain
 from ..functional import conv_bn_chain
 from ..plan.plans import ChainProblem, Plan
@@ -88,7 +88,8 @@ class ChainStep:
                 residual=self.residual,
                 identity=p.residual == "identity",
                 relu=p.relu,
-                memory=MemoryOptions(p.recompute, p.keep),
+                recompute=p.recompute,
+                keep=p.keep,
                 route=route,
             )
 
