@@ -13,7 +13,7 @@ import torch
 
 import fused_resnet as fr
 from fused_resnet.autograd import preflight
-from fused_resnet.functional import BatchNorm, Conv, bottleneck, run_chain
+from fused_resnet.functional import BatchNorm, Conv, bottleneck, conv_bn_chain
 from fused_resnet.launch.record import rehearse_launches
 from fused_resnet.plan import planner
 from fused_resnet.plan.target import H100, Assumption, assume
@@ -112,7 +112,7 @@ def test_what_was_asked_for_strictly_raises_the_reason(compiled: tuple[list[str]
     compiled[1].add("gram_kernel")
     with pytest.raises(fr.RouteUnavailableError, match="gram_kernel does not compile here"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_chain(image(), layers(), identity=True, route="gram")
+        conv_bn_chain(image(), layers(), identity=True, route="gram")
 
 
 def chain_problem(**changes: Any) -> Any:
@@ -130,7 +130,7 @@ def test_the_rehearsal_launches_what_a_step_does(route: str, residual: str, comp
         preflight.rehearse_chain(text, torch.float16)
     x, given = image(), image() if residual == "given" else None
     with fr.record_launches() as launches:
-        out = run_chain(x, layers(), residual=given, identity=given is None, route=route)
+        out = conv_bn_chain(x, layers(), residual=given, identity=given is None, route=route)
         out.backward(torch.ones_like(out))
     ours, theirs = (
         [(entry.kernel, entry.bytes) for entry in found if entry.kernel != "cast_weight"]
@@ -146,9 +146,9 @@ def test_a_compiler_that_traces_sees_a_constant(compiled: tuple[list[str], set[s
     stack = layers()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = torch.compile(lambda x: run_chain(x, stack, identity=True), fullgraph=True, backend="eager")(image())
+        out = torch.compile(lambda x: conv_bn_chain(x, stack, identity=True), fullgraph=True, backend="eager")(image())
     with fr.use_route("staged"):
-        assert torch.equal(out, run_chain(image(), layers(), identity=True))
+        assert torch.equal(out, conv_bn_chain(image(), layers(), identity=True))
 
 
 def every_chain() -> Iterator[tuple[str, Any]]:

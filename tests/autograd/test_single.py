@@ -11,7 +11,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.explain import explain
-from fused_resnet.functional import batch_norm_of, conv_of, run_chain
+from fused_resnet.functional import batch_norm_of, conv_bn_chain, conv_of
 from fused_resnet.plan import single
 from tests import numerics
 from tests.conftest import INTERPRETED
@@ -170,6 +170,6 @@ def test_a_residual_of_its_own_and_autocast() -> None:
     layers = [(conv_of(conv), batch_norm_of(bn)) for conv, bn in case.pairs]
     with torch.no_grad():
         expected = case.eager()
-        out = run_chain(case.x.contiguous(), layers, residual=case.residual.contiguous(), route="single")
+        out = conv_bn_chain(case.x.contiguous(), layers, residual=case.residual.contiguous(), route="single")
     torch.testing.assert_close(out, expected)
     assert out.is_contiguous()
