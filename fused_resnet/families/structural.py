@@ -8,6 +8,7 @@ gradients and running statistics have to agree with those of the block's own for
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def why_not(block: nn.Module) -> Obstacle | None:
     described = StructuralBlock.residual(block)  # type: ignore[arg-type]
     if isinstance(described, Obstacle):
         return described
+    if len(inspect.signature(type(block).forward).parameters) != 2:
+        return Obstacle("its forward takes more than one argument")
     gathered = gather(described.branch, described.conv)
     if isinstance(gathered, Obstacle):
         return gathered
