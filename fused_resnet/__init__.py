@@ -6,7 +6,7 @@ networks.
 
 from . import functional, reference
 from .compiling import warmup
-from .convert import Report, convert, patch, revert
+from .convert import Report, convert, fold, patch, revert
 from .explain import Explanation, explain
 from .launch.record import Launch, record_launches
 from .modules.blocks import BasicBlock, Bottleneck
@@ -47,6 +47,7 @@ __all__ = [
     "cifar_resnet",
     "convert",
     "explain",
+    "fold",
     "functional",
     "patch",
     "plain",

@@ -40,13 +40,12 @@ def convert(
     model. ValueError: unknown options.
     """
     memory = functional.memory_options(recompute, keep)
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("a scripted model cannot be converted; convert the model that it was made from")
+    refuse_scripted(model, "convert")
     store.load()  # what was measured on this machine; later something may trace
     report = Report()
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module, parent in _with_parents(model):
-        mixin = _mixin(module, parent, places[id(module)])
+        mixin = mixin_of(module, parent, places[id(module)])
         part = mixin if isinstance(mixin, Obstacle) or mixin is None else _fuse(module, mixin)
         if part is None:
             continue
@@ -81,6 +80,11 @@ def revert(model: nn.Module) -> Report:
     return report
 
 
+def refuse_scripted(model: nn.Module, verb: str) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(f"a scripted model cannot be {verb}ed; {verb} the model that it was made from")
+
+
 def _with_parents(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
     parents: dict[int, nn.Module] = {id(child): module for module in model.modules() for child in module.children()}
     return [(name, module, parents.get(id(module))) for name, module in model.named_modules()]
@@ -106,7 +110,7 @@ def _fused_for(model: nn.Module, example: Tensor | Sequence[Tensor], report: Rep
     return [(name, found[name or "(model)"]) for name, _ in report.converted if (name or "(model)") in found]
 
 
-def _mixin(module: nn.Module, parent: nn.Module | None, places: int) -> type[Fused] | Obstacle | None:
+def mixin_of(module: nn.Module, parent: nn.Module | None = None, places: int = 1) -> type[Fused] | Obstacle | None:
     """What makes ``module`` fused, why it is kept, or None for what is no residual block or is fused anyhow."""
     kind = type(module)
     if isinstance(module, Fused):

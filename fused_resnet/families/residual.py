@@ -8,7 +8,7 @@ be edited at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -50,30 +50,41 @@ class Layers(NamedTuple):
     pool: bool = False
 
 
+def calls(steps: Iterable[Step | None]) -> list[Step]:
+    """What calling ``steps`` in a row calls: containers opened, identities left away."""
+    found: list[Step] = []
+    for step in steps:
+        if isinstance(step, nn.Sequential) and is_untouched(step, nn.Sequential):
+            found += calls(step)
+        elif step is not None and not (isinstance(step, nn.Identity) and is_untouched(step, nn.Identity)):
+            found.append(step)
+    return found
+
+
 def gather(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> list[Layers | Step] | Obstacle:
     """``steps`` with convolutions, the normalisations and ReLUs behind them gathered into :class:`Layers`."""
-    calls = [call for step in steps for call in _flat(step)]
+    todo = calls(steps)
     gathered: list[Layers | Step] = []
-    while calls:
-        first = calls.pop(0)
+    while todo:
+        first = todo.pop(0)
         if not isinstance(first, nn.Conv2d):
             gathered.append(first)
             continue
-        norm = calls.pop(0) if calls else None
+        norm = todo.pop(0) if todo else None
         obstacle = why_not_conv(first, conv) or why_not_norm(norm)
         if obstacle is not None:
             return obstacle
         if has_activation(norm):  # type: ignore[arg-type]
-            calls[:0] = [*_flat(norm.drop), *_flat(norm.act)]  # type: ignore[union-attr]
-        relu = bool(calls) and _is_relu(calls[0])
+            todo[:0] = calls((norm.drop, norm.act))  # type: ignore[union-attr, arg-type]
+        relu = bool(todo) and _is_relu(todo[0])
         if relu:
-            calls.pop(0)
+            todo.pop(0)
         before = gathered[-1] if gathered else None
         if isinstance(before, Layers) and before.relu and not before.pool and len(before.layers) < LONGEST:
             gathered[-1] = Layers((*before.layers, (first, norm)), relu)  # type: ignore[arg-type]
-        elif relu and calls and _is_stem(first, calls[0]):
+        elif relu and todo and _is_stem(first, todo[0]):
             gathered.append(Layers(((first, norm),), relu, pool=True))  # type: ignore[arg-type]
-            calls.pop(0)
+            todo.pop(0)
         else:
             gathered.append(Layers(((first, norm),), relu))  # type: ignore[arg-type]
     return gathered
@@ -137,15 +148,6 @@ def _projection(gathered: list[Layers | Step] | Obstacle) -> functional.Layer | 
     conv = layers[0][0]
     plain = (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
     return _record(layers[0]) if plain and len(layers) == 1 and not relu else None
-
-
-def _flat(step: Step | None) -> list[Step]:
-    """What calling ``step`` calls: containers opened, identities left away."""
-    if step is None or (isinstance(step, nn.Module) and is_untouched(step, nn.Identity)):
-        return []
-    if isinstance(step, nn.Sequential) and is_untouched(step, nn.Sequential):
-        return [call for child in step for call in _flat(child)]
-    return [step]
 
 
 def _is_relu(step: object) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .. import functional
+from .. import functional, reference
 from ..families.children import Obstacle, Unscriptable
 from ..families.residual import RELU, gather, run
-from ..reference import ConvBNReLU as PlainConvBNReLU
 
 POOL = nn.MaxPool2d(3, stride=2, padding=1)
 
 
-class ConvBNReLU(Unscriptable, PlainConvBNReLU):
+class ConvBNReLU(Unscriptable, reference.ConvBNReLU):
     """``relu(bn(conv(x)))`` as one operation: [N, in_channels, H, W] to [N, out_channels, P, Q].
 
     Children ``conv`` (without bias) and ``bn``. ``padding=None`` keeps the size at stride 1. The constructor is
@@ -26,31 +25,25 @@ class ConvBNReLU(Unscriptable, PlainConvBNReLU):
         return super().forward(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
 
 
-class BNAddReLU(Unscriptable, nn.BatchNorm2d):
+class BNAddReLU(Unscriptable, reference.BNAddReLU):
     """``relu(bn(y) + residual)`` as one operation; all [N, num_features, H, W]. ``residual`` may be left away.
 
     An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes. So ``convert_sync_batchnorm``, which makes
     a new norm of every norm's attributes, loses the ReLU and the residual: convert only models that have none of these.
     """
 
-    def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
         return functional.bn_add_relu(y, functional.batch_norm_of(self), residual)
 
 
-class Stem(Unscriptable):
+class Stem(Unscriptable, reference.Stem):
     """``max_pool(relu(bn(conv(x))))``, the first layers of an ImageNet ResNet (He et al. 2015, Table 1).
 
-    Children ``conv1`` (7x7, stride 2, padding 3, without bias) and ``bn1``; the pooling is 3x3, stride 2, padding 1.
-    [N, in_channels, H, W] to [N, out_channels, H / 4, W / 4].
+    Constructor: ``(in_channels=3, out_channels=64, eps=1e-5, momentum=0.1)``. Children ``conv1`` (7x7, stride 2,
+    padding 3, without bias) and ``bn1``; the pooling is 3x3, stride 2, padding 1. [N, in_channels, H, W] to
+    [N, out_channels, H / 4, W / 4].
     """
-
-    def __init__(self, in_channels: int = 3, out_channels: int = 64, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = gather((self.conv1, self.bn1, RELU, POOL))
-        if isinstance(x, Proxy) or isinstance(steps, Obstacle):
-            return POOL(RELU(self.bn1(self.conv1(x))))  # type: ignore[no-any-return]
-        return run(steps, x)
+        return super().forward(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)

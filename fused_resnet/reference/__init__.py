@@ -5,7 +5,16 @@ compare with. Imports nothing else of the package.
 """
 
 from . import ops
-from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, PlainBottleneck, ZeroPadShortcut
+from .blocks import (
+    BasicBlock,
+    BNAddReLU,
+    Bottleneck,
+    ConvBNReLU,
+    PlainBlock,
+    PlainBottleneck,
+    Stem,
+    ZeroPadShortcut,
+)
 from .resnet import Family, ResNet
 
 _family = Family()
@@ -24,6 +33,7 @@ cifar_resnet = _family.cifar_resnet
 cifar_plain = _family.cifar_plain
 
 __all__ = [
+    "BNAddReLU",
     "BasicBlock",
     "Bottleneck",
     "ConvBNReLU",
@@ -31,6 +41,7 @@ __all__ = [
     "PlainBlock",
     "PlainBottleneck",
     "ResNet",
+    "Stem",
     "ZeroPadShortcut",
     "cifar_plain",
     "cifar_resnet",

@@ -171,6 +171,27 @@ class ConvBNReLU(nn.Module):
         return torch.relu(out) if self.relu else out
 
 
+class BNAddReLU(nn.BatchNorm2d):
+    """Batch normalisation, the sum with ``residual`` if there is one, ReLU: all [N, num_features, H, W]."""
+
+    def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        out = super().forward(y)
+        return torch.relu(out if residual is None else out + residual)
+
+
+class Stem(nn.Module):
+    """A 7x7 convolution of stride 2, batch normalisation, ReLU, and 3x3 max pooling of stride 2 (Table 1)."""
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 64, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, H / 4, W / 4]."""
+        return F.max_pool2d(torch.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+
+
 class PlainBlock(nn.Sequential):
     """What is left of a :class:`BasicBlock` without its shortcut: the plain networks of section 3.3."""
 
