@@ -1,0 +1,118 @@
+"""timm's ResNets: its blocks with everything that may stand between their layers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet as fr
+from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
+
+timm = pytest.importorskip("timm")
+from timm.layers import BatchNormAct2d, BlurPool2d, DropBlock2d, DropPath  # noqa: E402
+from timm.models import resnet  # noqa: E402
+
+pytestmark = in_interpreter
+quick = pytest.mark.quick
+SMALL = {"channels": (4, 4, 8, 8), "stem_width": 4, "num_classes": 3}
+
+
+def bottleneck(stride: int = 1, **options: object) -> nn.Module:
+    down = resnet.downsample_conv(8, 16, 1, stride) if stride > 1 else None
+    return resnet.Bottleneck(8, 4 if stride > 1 else 2, stride, down, **options)
+
+
+BLOCKS = {
+    "basic": (lambda: resnet.BasicBlock(8, 8), "one operation"),
+    "bottleneck": (bottleneck, "one operation"),
+    "stride": (lambda: bottleneck(2), "one operation"),
+    "cardinality": (lambda: bottleneck(cardinality=2, base_width=64), "one operation"),
+    "first dilation": (lambda: bottleneck(dilation=2, first_dilation=1), "one operation"),
+    "average pool before the projection": (
+        lambda: resnet.BasicBlock(8, 6, 2, resnet.downsample_avg(8, 6, 1, 2)),
+        "one operation",
+    ),
+    "squeeze and excitation": (lambda: bottleneck(attn_layer="se"), "fused around SEModule, ReLU"),
+    "efficient channel attention": (lambda: bottleneck(attn_layer="eca"), "fused around EcaModule, ReLU"),
+    "blur": (lambda: bottleneck(2, aa_layer=BlurPool2d), "fused around BlurPool2d"),
+    "random depth": (lambda: bottleneck(drop_path=DropPath(0.5)), "fused around DropPath, ReLU"),
+    "drop block": (lambda: bottleneck(drop_block=partial(DropBlock2d, 0.3, 3)), "fused around DropBlock2d, ReLU"),
+    "norm with an activation of its own": (
+        lambda: bottleneck(norm_layer=partial(BatchNormAct2d, apply_act=False)),
+        "one operation",
+    ),
+    "another activation": (lambda: bottleneck(act_layer=nn.SiLU), "fused around SiLU, SiLU, SiLU"),
+}
+
+
+@quick
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    make, part = BLOCKS[name]
+    _, report = converted(drawn(make()), image(8, 7))
+    assert report.fused_now == [("", part)]
+
+
+STEMS = {
+    "resnet": ({}, "one operation"),
+    "c, deep": ({"stem_type": "deep"}, "fused around MaxPool2d"),
+    "t, tiered and blurred": (
+        {"stem_type": "deep_tiered", "aa_layer": BlurPool2d},
+        "fused around MaxPool2d, BlurPool2d",
+    ),
+    "replaced pool": ({"replace_stem_pool": True}, "one operation"),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_networks_and_their_stems(name: str) -> None:
+    options, stem = STEMS[name]
+    model = drawn(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **SMALL, **options))
+    model, report = converted(model, image(size=24), evaluation=False)
+    assert dict(report.fused_now)[""] == stem and len(report.fused_now) == 5
+    assert isinstance(model, resnet.ResNet)
+
+
+@quick
+def test_norms_that_are_kept() -> None:
+    report = fr.convert(timm.create_model("resnet50_gn", device="meta"))
+    assert len(report.kept) == 17 and not report.converted
+    assert set(reasons(report).values()) == {"GroupNorm is no normalisation that is fused"}
+
+
+def test_gradient_checkpointing_gives_the_same() -> None:
+    ours = drawn(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **SMALL))
+    theirs = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **SMALL).double()
+    theirs.load_state_dict(ours.state_dict())
+    fr.convert(ours)
+    for model in (ours, theirs):
+        model.set_grad_checkpointing()
+    same(ours, theirs, image(size=16))
+
+
+def test_features_only() -> None:
+    """timm takes the network apart: its blocks are converted, the stem's layers are nobody's."""
+    model = drawn(timm.create_model("test_resnet", features_only=True, out_indices=(1, 4)))
+    _, report = converted(model, image(size=16), evaluation=False)
+    assert len(report.fused_now) == 4
+
+
+@quick
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("dla34", "its forward takes more than one argument"), ("resnetv2_50", "does not tell what drop_path does")],
+)
+def test_other_families_of_timm(name: str, reason: str) -> None:
+    report = fr.convert(timm.create_model(name, device="meta"))
+    assert not report.converted and {reason in why for why in reasons(report).values()} == {True}
+
+
+@quick
+def test_fine_tuning_another_head() -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    fr.convert(model)
+    model.reset_classifier(5)
+    assert model.eval()(torch.randn(1, 3, 16, 16)).shape == (1, 5)
