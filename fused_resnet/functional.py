@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from . import plain
 from .arguments import (
     BatchNorm,
     Conv,
@@ -39,9 +40,9 @@ from .arguments import (
 from .autograd import bn_act as bn_act_op
 from .autograd import chain, preflight
 from .autograd import stem as stem_op
+from .layout import is_channels_last, nhwc
 from .plan import planner
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
-from .reference import ops as reference
 
 __all__ = [
     "BatchNorm",
@@ -137,11 +138,11 @@ def bn_add_relu(
     elements = prod(_size(y, request))
     sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), elements, request.route)
     if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
-        _count(bn)
-        return _reference_bn_act(y, bn, residual, relu)
-    _count(bn)
-    channels_last = _is_channels_last(y)
-    y, residual = _nhwc(y), None if residual is None else _nhwc(residual.to(y.dtype))
+        plain.count_batch(bn)
+        return plain.bn_act(y, bn, residual, relu)
+    plain.count_batch(bn)
+    channels_last = is_channels_last(y)
+    y, residual = nhwc(y), None if residual is None else nhwc(residual.to(y.dtype))
     keeps_mask = relu and residual is not None and _needs_grad(y, residual, bn.weight, bn.bias)
     settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter, keeps_mask)
     out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(bn))
@@ -177,11 +178,11 @@ def stem(
         parameters=_dtype_name(weight.dtype),
     )
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
-        _count(bn)
-        return torch.nn.functional.max_pool2d(_reference_layer(x, conv, bn, None, True), 3, 2, 1)
-    channels_last = _is_channels_last(x) or _is_channels_last(weight)
-    _count(bn)
-    out = stem_op.stem(text, _momentum(bn), bn.eps, _nhwc(x.to(dtype)), weight, *_bn_tensors(bn))
+        plain.count_batch(bn)
+        return torch.nn.functional.max_pool2d(plain.layer(x, conv, bn, None, True), 3, 2, 1)
+    channels_last = is_channels_last(x) or is_channels_last(weight)
+    plain.count_batch(bn)
+    out = stem_op.stem(text, _momentum(bn), bn.eps, nhwc(x.to(dtype)), weight, *_bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -251,10 +252,10 @@ def conv_bn_chain(
         parameters=_dtype_name(layers[0][0].weight.dtype),
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
-        return _reference_chain(x, layers, projection, residual, kind, relu)
+        return plain.chain(x, layers, projection, residual, kind, relu)
 
-    channels_last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv, _ in everything)
-    _count(*(bn for _, bn in everything))
+    channels_last = is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything)
+    plain.count_batch(*(bn for _, bn in everything))
     slots: list[Tensor | None] = []
     for conv, bn in layers:
         slots += (conv.weight, *_bn_tensors(bn))
@@ -264,8 +265,8 @@ def conv_bn_chain(
         text,
         tuple([_momentum(bn) for _, bn in everything]),
         tuple([bn.eps for _, bn in everything]),
-        _nhwc(x.to(dtype)),
-        None if residual is None else _nhwc(residual.to(dtype)),
+        nhwc(x.to(dtype)),
+        None if residual is None else nhwc(residual.to(dtype)),
         slots,
     )
     return out if channels_last else out.contiguous()
@@ -288,48 +289,6 @@ def _layer_by_layer(
     for layer in layers[:-1]:
         x = conv_bn_chain(x, (layer,), route=route)
     return conv_bn_chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
-
-
-def _reference_chain(
-    x: Tensor,
-    layers: Sequence[Layer],
-    projection: Layer | None,
-    residual: Tensor | None,
-    kind: str,
-    relu: bool,
-) -> Tensor:
-    _count(*(bn for _, bn in (*layers, *([projection] if projection else []))))
-    a = x
-    for conv, bn in layers[:-1]:
-        a = _reference_layer(a, conv, bn, None, True)
-    if projection is not None:
-        residual = _reference_layer(x, *projection, None, False)
-    elif kind == "identity":
-        residual = x
-    return _reference_layer(a, *layers[-1], residual, relu)
-
-
-def _reference_layer(x: Tensor, conv: Conv, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-    y = torch.nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _reference_bn_act(y, bn, residual, relu)
-
-
-def _reference_bn_act(y: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-    momentum = bn.momentum
-    if momentum is None:
-        momentum = 1.0 / float(bn.num_batches_tracked) if bn.num_batches_tracked is not None else 0.0
-    return reference.bn_act(
-        y,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        training=bn.training,
-        momentum=momentum,
-        eps=bn.eps,
-        residual=residual,
-        relu=relu,
-    )
 
 
 # ---------------------------------------------------------------- small questions
@@ -377,39 +336,6 @@ def _add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
     return out.relu() if relu else out
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    """Whether ``t``'s strides, those of a slice too, order its memory as NHWC: what PyTorch's own operations ask."""
-    nhwc, nchw = t.is_contiguous(memory_format=torch.channels_last), t.is_contiguous()
-    if nhwc != nchw or torch.compiler.is_compiling():  # Dynamo cannot tell the strides of a dynamic shape
-        return nhwc and not nchw
-    strides, least = t.stride(), 0
-    if strides[1] == 0 or t.numel() == 0:
-        return False
-    for dim in (1, 3, 2, 0):
-        if strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False
-        least = strides[dim] * t.shape[dim]
-    return True
-
-
-class _ToNHWC(torch.autograd.Function):
-    """A copy in channels_last memory, whose gradient goes back in NCHW."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.contiguous()
-
-
-def _nhwc(t: Tensor) -> Tensor:
-    if t.is_contiguous(memory_format=torch.channels_last):
-        return t
-    return t.contiguous(memory_format=torch.channels_last) if _is_channels_last(t) else _ToNHWC.apply(t)  # type: ignore[no-any-return]
-
-
 def _parameters(*layers: Layer) -> list[Tensor | None]:
     return [t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias)]
 
@@ -435,16 +361,6 @@ def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
 
 def _momentum(bn: BatchNorm) -> float:
     return 0.0 if bn.momentum is None else float(bn.momentum)
-
-
-def _count(*bns: BatchNorm) -> None:
-    """Counts one batch more, in one launch; the caller has checked everything that could still go wrong."""
-    counters = [bn.num_batches_tracked for bn in bns if bn.num_batches_tracked is not None and bn.training]
-    if len({id(counter) for counter in counters}) < len(counters):  # one BatchNorm in two places counts twice
-        for counter in counters:
-            counter.add_(1)
-    elif counters:
-        torch._foreach_add_(counters, 1)
 
 
 # ---------------------------------------------------------------- routes
