@@ -34,7 +34,7 @@ def convert(
     torchvision's, timm's and Hugging Face's ResNets are known by their classes, detectron2's, mmdetection's and others
     by their structure, which is then proven on numbers. Only the class of a module changes: parameters, buffers, hooks,
     optimizer state and pickling stay valid, the family's ``isinstance`` holds, and :func:`revert` undoes it. Subclasses
-    of a known block, blocks used in several places and those that FSDP has wrapped are kept as they are. With an
+    of a known block, blocks used in several places, those that FSDP has wrapped and our own are kept as they are. With an
     ``example_input`` the report says what would run for it, as :func:`fused_resnet.explain` does. ``recompute`` and
     ``keep`` become attributes of the blocks: see :func:`fused_resnet.functional.bottleneck`. TypeError: a scripted
     model. ValueError: unknown options.
@@ -48,6 +48,8 @@ def convert(
         mixin = mixin_of(module, parent, places[id(module)])
         part = mixin if isinstance(mixin, Obstacle) or mixin is None else _fuse(module, mixin)
         if part is None:
+            if isinstance(module, FusedBlock):
+                report.kept.append((name, "it is fused already"))
             continue
         if isinstance(part, Obstacle) and not isinstance(module, Fused):
             report.kept.append((name, part.reason))

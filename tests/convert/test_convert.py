@@ -132,7 +132,8 @@ class TestThereAndBack:
 
     def test_our_own_blocks_are_nobodys_to_revert(self) -> None:
         model = nn.Sequential(fr.BasicBlock(6, 6))
-        assert fr.convert(model) == fr.Report() == fr.revert(model)
+        assert fr.convert(model) == fr.Report(kept=[("0", "it is fused already")])
+        assert fr.revert(model) == fr.Report()
         assert type(model[0]) is fr.BasicBlock
 
 
@@ -305,3 +306,9 @@ def test_results_without_gradients() -> None:
     same(ours, theirs, image(6, 5))
     found: dict[str, Tensor | None] = results(ours, image(6, 5))
     assert found["0.conv1.weight"] is None and found["1.conv1.weight"] is not None
+
+
+def test_our_own_blocks_are_named_as_fused_already() -> None:
+    report = fr.convert(fr.cifar_resnet(8))
+    assert [name for name, _ in report.kept] == ["layer1.0", "layer2.0", "layer3.0"] and not report.converted
+    assert {why for _, why in report.kept} == {"it is fused already"}
