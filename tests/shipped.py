@@ -273,6 +273,7 @@ def _stem_conv(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
 def _stem(p: ConvProblem, dtype: torch.dtype) -> None:
     y, stats = _image(p.N, p.Co, p.P, p.Q, dtype), _rows(4, p.Co)
     config = window_config(p.Co)
+    stem_pool.stem_pool(y, stats, config, keeps_index=False)
     out, index = stem_pool.stem_pool(y, stats, config)
     stem_pool.stem_pool_grad_reduce(out, index, out, y, stats, config)
     stem_pool.stem_pool_grad_apply(out, index, out, y, _rows(3, p.Co), config)

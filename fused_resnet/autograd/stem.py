@@ -33,6 +33,12 @@ def _images(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, out, index
 
 
+def _outputs(plan: Plan, out: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    """What backward alone reads is empty where there is none."""
+    assert plan.problem is not None
+    return (out, *kept) if plan.problem.backward else (out, *(t.new_empty(0) for t in kept))
+
+
 def _forward(
     plan: str,
     x: Tensor,
@@ -44,7 +50,7 @@ def _forward(
     counter: Tensor | None,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
     passes, conv = Passes(decoded), decoded.convs[0]
@@ -57,13 +63,15 @@ def _forward(
         y = conv_only(conv, w, x)
         stats = frozen_stats(layer, x)
     config = window_config(y.shape[1], interpreter=decoded.interpreter)
-    out, index = stem_pool.stem_pool(y, stats, config)
-    return out, y, index, stats
+    out, index = stem_pool.stem_pool(y, stats, config, keeps_index=decoded.problem.backward)
+    return _outputs(decoded, out, y, index, stats)
 
 
-def _forward_fake(plan: str, x: Tensor, weight: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, out, index = _images(decode(plan), x)
-    return out, y, index, torch.empty((4, weight.shape[0]), dtype=_stats_dtype(x), device=x.device)
+def _forward_fake(plan: str, x: Tensor, weight: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    decoded = decode(plan)
+    y, out, index = _images(decoded, x)
+    stats = torch.empty((4, weight.shape[0]), dtype=_stats_dtype(x), device=x.device)
+    return _outputs(decoded, out, y, index, stats)
 
 
 def _backward(

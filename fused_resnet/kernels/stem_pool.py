@@ -47,8 +47,9 @@ def stem_pool_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
+    KEEPS_INDEX: tl.constexpr,
 ):
-    """One program: BLOCK_M output pixels by BLOCK_C channels."""
+    """One program: BLOCK_M output pixels by BLOCK_C channels. ``index_ptr`` is None unless KEEPS_INDEX."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
@@ -81,13 +82,13 @@ def stem_pool_kernel(
                 best = tl.where(wins, value, best)
                 index = tl.where(wins, tap, index)
 
-    # The maximum was taken before ReLU: the same tap wins where it is positive; elsewhere all taps are equal, to zero.
-    index = tl.where(best <= 0, first, index)
-
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
     mask = mask_m[:, None] & mask_c
     tl.store(out_ptr + offs, relu(best).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(index_ptr + offs, index.to(tl.uint8), mask=mask)
+    if KEEPS_INDEX:
+        # The maximum was taken before ReLU: the same tap wins where it is positive; elsewhere all are equal, to zero.
+        index = tl.where(best <= 0, first, index)
+        tl.store(index_ptr + offs, index.to(tl.uint8), mask=mask)
 
 
 @triton.jit

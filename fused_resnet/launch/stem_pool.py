@@ -19,8 +19,12 @@ MOST_STEPS = 8
 """At most so many blocks in one tile, however large the batch."""
 
 
-def stem_pool(y: torch.Tensor, stats: torch.Tensor, config: PassConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def stem_pool(
+    y: torch.Tensor, stats: torch.Tensor, config: PassConfig, *, keeps_index: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Max pool of relu(y * scale + shift): (out [N, C, P, Q] in y's dtype, index uint8, the tap r * 3 + s that won).
+
+    Only backward reads the index: without ``keeps_index`` it is not written, and an empty tensor.
 
     ``y`` [N, C, H, W] is dense NHWC, ``stats`` [4, C] as ``bn_finalize`` gives them. Ties and NaN as in
     ``torch.nn.functional.max_pool2d``: the first maximum wins, NaN wins over numbers. ValueError on another layout.
@@ -29,7 +33,9 @@ def stem_pool(y: torch.Tensor, stats: torch.Tensor, config: PassConfig) -> tuple
     _N, C, _H, _W = y.shape
     require_rows(stats, 4, C, y, "stats")
     out = torch.empty(pooled_shape(y), dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    index = torch.empty(out.shape, dtype=torch.uint8, device=y.device, memory_format=torch.channels_last)
+    index = torch.empty(0, dtype=torch.uint8, device=y.device)
+    if keeps_index:
+        index = torch.empty(out.shape, dtype=torch.uint8, device=y.device, memory_format=torch.channels_last)
     launch(
         stem_pool_kernel,
         grid(y, config),
@@ -40,7 +46,8 @@ def stem_pool(y: torch.Tensor, stats: torch.Tensor, config: PassConfig) -> tuple
         y_ptr=y,
         stats_ptr=stats,
         out_ptr=out,
-        index_ptr=index,
+        index_ptr=index if keeps_index else None,
+        KEEPS_INDEX=keeps_index,
         **shape_arguments(y, config),
     )
     return out, index

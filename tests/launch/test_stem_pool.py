@@ -47,6 +47,11 @@ def test_forward_equals_eager(shape, dtype):
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(out, expected)
     assert torch.equal(index.long(), tap)
+    with record_launches() as launches:
+        alone, nothing = stem_pool(y, stats, CONFIG, keeps_index=False)
+    assert torch.equal(alone, expected) and nothing.numel() == 0
+    (launched,) = launches
+    assert launched.bytes == sum(t.numel() * t.element_size() for t in (y, stats, out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
