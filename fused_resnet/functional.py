@@ -4,7 +4,8 @@ Activations are [N, C, H, W] in float16, bfloat16 or float32 (float64 in Triton'
 [Co, Ci / groups, R, S] in the same dtype, or float32 under autocast. BatchNorm parameters and running statistics are
 [C]. Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy
 2015, arXiv 1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it,
-and updates the running statistics in place in training. Bad input raises ``ValueError`` or ``TypeError`` before
+and updates the running statistics in place in training. Under torch.func's transforms and forward-mode differentiation
+plain PyTorch runs. Bad input raises ``ValueError`` or ``TypeError`` before
 anything is updated.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import plain
 from .arguments import (
@@ -160,7 +162,7 @@ def stem(
 ) -> Tensor:
     """``max_pool(relu(bn(conv(x))))``, 3x3, stride 2, padding 1: [N, Ci, H, W] to [N, Co, ceil(P / 2), ceil(Q / 2)]."""
     conv = Conv(weight, _pair(stride), _pair(padding))
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route)
     keep = _needs_grad(x, *_parameters((conv, bn)))
@@ -214,7 +216,7 @@ def conv_bn_chain(
     memory = memory_options(recompute, keep)
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
-    dtype, device = _compute_dtype(x), x.device
+    dtype, device = compute_dtype(x), x.device
     check_image(x)
     shape = shortcut = tuple(x.shape)
     for name, (conv, bn) in zip(NAMES, layers, strict=False):
@@ -318,7 +320,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
     if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
@@ -370,7 +372,10 @@ _said: set[str] = set()
 
 
 def _request(route: str | None) -> RouteRequest:
-    return requested() if route is None else RouteRequest(check_route(route), strict=True)
+    request = requested() if route is None else RouteRequest(check_route(route), strict=True)
+    # Operators that a compiler sees as opaque calls have no rules for vmap, and none for forward-mode differentiation.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return RouteRequest("reference") if transformed and not request.strict else request
 
 
 def _take(planned: str, reason: str, request: RouteRequest, operation: str) -> bool:

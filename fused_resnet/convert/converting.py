@@ -34,9 +34,10 @@ def convert(
     torchvision's, timm's and Hugging Face's ResNets are known by their classes, detectron2's, mmdetection's and others
     by their structure, which is then proven on numbers. Only the class of a module changes: parameters, buffers, hooks,
     optimizer state and pickling stay valid, the family's ``isinstance`` holds, and :func:`revert` undoes it. Subclasses
-    of a known block, blocks used in several places, those that FSDP has wrapped and our own are kept as they are. With an
-    ``example_input`` the report says what would run for it, as :func:`fused_resnet.explain` does. ``recompute`` and
-    ``keep`` become attributes of the blocks: see :func:`fused_resnet.functional.bottleneck`. TypeError: a scripted
+    of a known block, blocks used in several places, those that FSDP has wrapped and our own are kept as they are. What
+    a block gives has the dtype of its convolutions, autocast's too; eager's FrozenBatchNorm2d widens that to float32.
+    With an ``example_input`` the report says what would run for it, as :func:`fused_resnet.explain` does. ``recompute``
+    and ``keep`` become attributes of the blocks: see :func:`fused_resnet.functional.bottleneck`. TypeError: a scripted
     model. ValueError: unknown options.
     """
     memory = functional.memory_options(recompute, keep)
@@ -73,9 +74,7 @@ def revert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         original = original_class(type(module))
         if original is not None:
-            module.__class__ = original
-            for option in functional.MemoryOptions._fields:
-                vars(module).pop(option, None)
+            _restore(module, original)
             report.converted.append((name, f"{original.__module__}.{original.__qualname__} again"))
         elif isinstance(module, Fused) and any(original_class(base) for base in type(module).__mro__):
             report.kept.append((name, f"its class was changed to {type(module).__name__} since"))
@@ -95,12 +94,21 @@ def _with_parents(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | No
 def _fuse(module: nn.Module, mixin: type[Fused]) -> str | Obstacle:
     """Changes the class of ``module``, unless what stands against it will last; says what of it is fused."""
     kind = type(module)
-    if original_class(kind) is None:
+    changed = not isinstance(module, Fused)
+    if changed:
+        if mixin is structural.StructuralBlock:
+            vars(module)["proven"] = structural.settings(module)
         module.__class__ = fused_class(mixin, kind)
     part: str | Obstacle = module.fused_part()  # type: ignore[operator]
-    if isinstance(part, Obstacle) and not part.passing:
-        module.__class__ = kind
+    if changed and isinstance(part, Obstacle) and not part.passing:
+        _restore(module, kind)
     return part
+
+
+def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    for name in (*functional.MemoryOptions._fields, "proven"):
+        vars(module).pop(name, None)
 
 
 def _fused_for(model: nn.Module, example: Tensor | Sequence[Tensor], report: Report) -> list[tuple[str, str]]:
@@ -116,7 +124,7 @@ def mixin_of(module: nn.Module, parent: nn.Module | None = None, places: int = 1
     """What makes ``module`` fused, why it is kept, or None for what is no residual block or is fused anyhow."""
     kind = type(module)
     if isinstance(module, Fused):
-        return kind.__bases__[0] if original_class(kind) is not None else None
+        return next((base.__bases__[0] for base in kind.__mro__ if original_class(base) is not None), None)
     known = MIXINS.get(_qualified(kind))
     ancestor = next((base for base in kind.__mro__[1:] if _qualified(base) in MIXINS), None)
     if known is None and ancestor is None and not structural.is_candidate(module):

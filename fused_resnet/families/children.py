@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -119,9 +120,13 @@ def has_activation(norm: nn.Module) -> bool:
     return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
 
 
+TINY = torch.finfo(torch.float32).tiny
+"""In place of an eps of 0, which torchvision gives its pretrained detectors: no variance is changed by adding it."""
+
+
 def _frozen(norm: nn.Module) -> BatchNorm:
     weight, bias, mean, var = (norm._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
-    return BatchNorm(weight, bias, mean, var, eps=norm.eps, training=False)  # type: ignore[arg-type]
+    return BatchNorm(weight, bias, mean, var, eps=norm.eps or TINY, training=False)  # type: ignore[arg-type]
 
 
 def _name(module: nn.Module) -> str:

@@ -53,6 +53,8 @@ class FusedBlock(Fused):
 
     recompute: Sequence[str] = ()
     keep: Sequence[str] = ()
+    widens = False
+    """Whether a shortcut of a wider dtype widens the output: see :func:`run_residual`."""
 
     def residual(self) -> Residual | Obstacle:
         """What this block's forward calls, or why it cannot be told."""
@@ -61,7 +63,7 @@ class FusedBlock(Fused):
     def forward(self, x: Tensor) -> Tensor:
         described = Obstacle("traced by fx") if isinstance(x, Proxy) else self.residual()
         if isinstance(described, Residual):
-            out = run_residual(described, x, recompute=self.recompute, keep=self.keep)
+            out = run_residual(described, x, widens=self.widens, recompute=self.recompute, keep=self.keep)
             if isinstance(out, Tensor):
                 return out
         return self.plain_forward(x)

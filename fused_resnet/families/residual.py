@@ -103,22 +103,29 @@ def run(gathered: Sequence[Layers | Step], x: Tensor) -> Tensor:
     return x
 
 
-def run_residual(block: Residual, x: Tensor, **options: Any) -> Tensor | Obstacle:
-    """The block's output, or why its own forward has to run. ``options``: those of ``functional.conv_bn_chain``."""
+def run_residual(block: Residual, x: Tensor, *, widens: bool = False, **options: Any) -> Tensor | Obstacle:
+    """The block's output, or why its own forward has to run. ``options``: those of ``functional.conv_bn_chain``.
+
+    The output has the branch's dtype, as that of the families, which add in place; ``widens``: it has the sum's.
+    """
     branch = gather(block.branch, block.conv)
     if isinstance(branch, Obstacle):
         return branch
     last = branch[-1] if branch else None
     shortcut = gather(block.shortcut, block.conv)
     if not isinstance(last, Layers) or last.relu or not _is_relu(block.activation):  # something follows the layers
-        return block.activation(run(branch, x) + _shortcut(block, shortcut, x))
+        out = run(branch, x)
+        added = out + _shortcut(block, shortcut, x)
+        return block.activation(added if widens else added.to(out.dtype))
     whole = len(branch) == 1
+    inner = run(branch[:-1], x)  # before the shortcut, as the families do: both may draw random numbers
     projection = _projection(shortcut) if whole else None
     if whole and not shortcut:
         options["identity"] = True
     elif projection is None:
         options["residual"] = _shortcut(block, shortcut, x)
-    return functional.conv_bn_chain(run(branch[:-1], x), _records(last), projection, **options)
+    out = functional.conv_bn_chain(inner, _records(last), projection, **options)
+    return out if widens else out.to(functional.compute_dtype(inner))
 
 
 def summary(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> str | Obstacle:

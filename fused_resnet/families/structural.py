@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -22,14 +24,24 @@ from .residual import RELU, Residual, Step, gather
 NORMS = ("bn{}", "norm{}")
 ACTIVATIONS = ("relu{}", "act{}", "relu", "act", "activation")
 SHORTCUTS = ("downsample", "shortcut")
+IMAGES = {True: (2, 13, 14), False: (1, 16, 40)}
+"""Batch, height and width of the trials in training and in evaluation: odd and even, small and wide."""
+PLAIN = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
+"""What a flag or a factor of a block is."""
 TOLERANCE = 1e-9
 """Of float64 results that only differ in the order of their sums."""
 
 
 class StructuralBlock(FusedBlock):
-    """``conv1`` to ``conv2`` or ``conv3``, each with a normalisation, an optional activation and a shortcut."""
+    """``conv1`` to ``conv2`` or ``conv3``, each with a normalisation, an optional activation and a shortcut.
+
+    The attribute ``proven`` are the :func:`settings` for which its forward was tried.
+    """
 
     def residual(self) -> Residual | Obstacle:
+        for name, value in getattr(self, "proven", ()):
+            if getattr(self, name, None) != value:
+                return Obstacle(f"its {name} is another than when it was converted", passing=True)
         children: dict[str, Any] = self._modules
         explained = set()
 
@@ -40,13 +52,14 @@ class StructuralBlock(FusedBlock):
                     return children[name]
             return None
 
-        count = 3 if "conv3" in children else 2
+        count = 3 if children.get("conv3") is not None else 2
         branch: list[Step | None] = []
         for i in range(1, count + 1):
             conv = child(("conv{}",), i)
             owned = conv._modules.get("norm")
             branch += [conv, owned if owned is not None else child(NORMS, i)]
-            activation = child(ACTIVATIONS, i) or RELU
+            activation = child(ACTIVATIONS, i)
+            activation = RELU if activation is None else activation  # an empty Sequential is false
             if i < count:
                 branch.append(activation)
         shortcut = child(SHORTCUTS)
@@ -67,8 +80,28 @@ def is_candidate(module: nn.Module) -> bool:
     return all(isinstance(module._modules.get(name), nn.Conv2d) for name in ("conv1", "conv2"))
 
 
+def settings(block: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of ``block`` and of its class: what else its forward may read."""
+    found: dict[str, Any] = {}
+    for kind in reversed(type(block).__mro__):
+        if not issubclass(nn.Module, kind):
+            found |= {name: value for name, value in vars(kind).items() if not callable(value)}
+    found |= vars(block)
+    state = vars(nn.Module()).keys()
+    names = [name for name in found if name not in state and not name.startswith("__")]
+    return tuple((name, found[name]) for name in names if isinstance(found[name], PLAIN))
+
+
 def why_not(block: nn.Module) -> Obstacle | None:
     """Why ``block`` may not be taken for a residual block of its children, tried on small random images."""
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return _why_not(block)
+    except Exception as error:  # whatever a foreign forward raises is why it cannot be told what it computes
+        return Obstacle(f"it could not be tried: {error or type(error).__name__}")
+
+
+def _why_not(block: nn.Module) -> Obstacle | None:
     described = StructuralBlock.residual(block)  # type: ignore[arg-type]
     if isinstance(described, Obstacle):
         return described
@@ -77,18 +110,30 @@ def why_not(block: nn.Module) -> Obstacle | None:
     gathered = gather(described.branch, described.conv)
     if isinstance(gathered, Obstacle):
         return gathered
+    if getattr(block, "with_cp", False):
+        return Obstacle("it checkpoints its activations itself (with_cp)")
     if any(t.is_meta for t in (*block.parameters(), *block.buffers())):
         return Obstacle("on the meta device nothing can be tried; convert it when it has its weights")
-    try:
-        for training in (True, False):
-            theirs, ours = (copy.deepcopy(block).cpu().double().train(training) for _ in range(2))
-            ours.__class__ = fused_class(StructuralBlock, type(block))
-            for mine, other in zip(_results(ours), _results(theirs), strict=True):
-                if not torch.allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE):
-                    return Obstacle("its forward is not that of a residual block of its children")
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        return Obstacle(f"it could not be tried: {error}")
+    for training in (True, False):
+        theirs, ours = (_copy(block).train(training) for _ in range(2))
+        ours.__class__ = fused_class(StructuralBlock, type(block))
+        for mine, other in zip(_results(ours), _results(theirs), strict=True):
+            if not torch.allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE):
+                return Obstacle("its forward is not that of a residual block of its children")
     return None
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """``block`` in float64 on the CPU, its values to be filled in; without hooks, which are somebody else's."""
+    memo: dict[int, Any] = {}
+    for module in block.modules():
+        hooks = (value for name, value in vars(module).items() if name.endswith("_hooks"))
+        memo |= {id(value): OrderedDict() for value in hooks if isinstance(value, OrderedDict)}
+    for t in (*block.parameters(), *block.buffers()):
+        dtype = torch.float64 if t.is_floating_point() else t.dtype
+        made = torch.zeros(t.shape, dtype=dtype, device="cpu")
+        memo[id(t)] = nn.Parameter(made) if isinstance(t, nn.Parameter) else made
+    return copy.deepcopy(block, memo)
 
 
 def _results(block: nn.Module) -> list[Tensor]:
@@ -102,9 +147,12 @@ def _results(block: nn.Module) -> list[Tensor]:
         if t.dim() > 1:
             t.data.copy_(torch.randn(t.shape, generator=random, dtype=t.dtype) / t[0].numel() ** 0.5)
     conv: Any = block.conv1
-    image = torch.randn(2, conv.in_channels, 13, 13, generator=random, dtype=torch.float64, requires_grad=True)
+    batch, height, width = IMAGES[block.training]
+    shape = batch, conv.in_channels, height, width
+    image = 8 * torch.randn(shape, generator=random, dtype=torch.float64)  # wide enough to meet a bound, as ReLU6's
+    image.requires_grad_()
     with torch.random.fork_rng(devices=()), torch.enable_grad(), use_route("reference"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone: manual_seed would seed every GPU, too
         out = block(image)
         if not isinstance(out, Tensor):
             raise TypeError("it returns no tensor")

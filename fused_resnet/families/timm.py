@@ -40,12 +40,16 @@ class TimmBottleneck(FusedBlock):
 class TimmResNet(FusedStem):
     """The network: its stem, deep ones too, is fused; with gradient checkpointing it runs as timm wrote it."""
 
-    def stem(self) -> Sequence[Step]:
+    def stem(self) -> Sequence[Step] | Obstacle:
+        if self.grad_checkpointing:
+            return Obstacle("it checkpoints its activations", passing=True)
+        if "forward_features" in vars(self):
+            return Obstacle("its forward_features was replaced", passing=True)
         return (self.conv1, self.bn1, self.act1, self.maxpool)  # type: ignore[return-value]
 
     def forward_features(self, x: Tensor) -> Tensor:
         stem = self.gathered_stem(x)
-        if isinstance(stem, Obstacle) or self.grad_checkpointing:
+        if isinstance(stem, Obstacle):
             return super().forward_features(x)  # type: ignore[misc, no-any-return]
         x = run(stem, x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

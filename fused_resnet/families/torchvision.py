@@ -37,7 +37,9 @@ class TorchvisionBottleneck(FusedBlock):
 class TorchvisionResNet(FusedStem):
     """The network: its stem is one operation, the rest is called as it is."""
 
-    def stem(self) -> Sequence[Step]:
+    def stem(self) -> Sequence[Step] | Obstacle:
+        if "_forward_impl" in vars(self):
+            return Obstacle("its _forward_impl was replaced", passing=True)
         return (self.conv1, self.bn1, self.relu, self.maxpool)  # type: ignore[return-value]
 
     def _forward_impl(self, x: Tensor) -> Tensor:

@@ -74,6 +74,10 @@ class _Block(FusedBlock):
     def is_timm(self) -> bool:
         return "act1" in self._modules
 
+    @property
+    def widens(self) -> bool:  # type: ignore[override]
+        return not self.is_timm
+
     def plain_forward(self, x: Tensor) -> Tensor:
         family = self.timm_block[0] if self.is_timm else self.plain_block
         return family.forward(self, x)  # type: ignore[no-any-return]

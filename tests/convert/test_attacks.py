@@ -1,0 +1,256 @@
+"""What was tried against ``convert``, and broke it once."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import fused_resnet as fr
+from fused_resnet.families import structural
+from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
+
+pytestmark = [pytest.mark.quick, in_interpreter]
+
+
+class Home(nn.Module):
+    """A block of nobody's family, with whatever an attack needs."""
+
+    factor = 1.0
+    with_cp = False
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp:
+            return self.act(self.factor * checkpoint(self.branch, x, use_reentrant=False) + x)
+        return self.act(self.factor * self.branch(x) + x)
+
+
+# ---------------------------------------------------------------- blocks of torchvision
+
+
+def tv_block(**options: Any) -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return drawn(torchvision.models.resnet.Bottleneck(8, 2, **options))
+
+
+def test_frozen_norms_whose_eps_is_zero() -> None:
+    """torchvision's pretrained detectors set it so."""
+    frozen = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
+    converted(tv_block(norm_layer=partial(frozen, eps=0.0)), image(8, 5), evaluation=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wider_shortcut_does_not_widen_the_output(dtype: torch.dtype) -> None:
+    """The families add to the branch in place, and so in its dtype: float32 into a block under autocast."""
+    theirs, x = tv_block().float(), image(8, 5).float()
+    ours = copy.deepcopy(theirs)
+    fr.convert(ours)
+    with torch.autocast("cpu", dtype):
+        out, expected = ours(x), theirs(x)
+    assert out.dtype == expected.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_frozen_norms_under_autocast_keep_its_dtype() -> None:
+    """What we decided: eager's widen to float32, and with them every map that is kept."""
+    frozen = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
+    block = tv_block(norm_layer=frozen).float()
+    fr.convert(block)
+    with torch.autocast("cpu", torch.float16):
+        assert block(image(8, 5).float()).dtype == torch.float16
+
+
+def transforms() -> dict[str, Any]:
+    def gradient(block: nn.Module, x: Tensor) -> Any:
+        loss = lambda p: torch.func.functional_call(block, p, (x,)).square().sum()  # noqa: E731
+        return torch.func.grad(loss)(dict(block.named_parameters()))
+
+    def dual(block: nn.Module, x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(block(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    return {
+        "vmap": lambda block, x: torch.vmap(block)(x[None]),
+        "grad": gradient,
+        "jvp": lambda block, x: torch.func.jvp(block, (x,), (torch.ones_like(x),)),
+        "forward AD": dual,
+    }
+
+
+@pytest.mark.parametrize("name", transforms())
+def test_functional_transforms_give_eagers_result(name: str) -> None:
+    theirs, x = tv_block().eval(), image(8, 5)
+    ours = copy.deepcopy(theirs)
+    fr.convert(ours)
+    torch.testing.assert_close(transforms()[name](ours, x), transforms()[name](theirs, x))
+
+
+def test_random_numbers_are_drawn_in_eagers_order() -> None:
+    block = tv_block()
+    block.relu = nn.Sequential(nn.ReLU(), nn.Dropout(0.3))
+    block.downsample = nn.Dropout(0.3)
+    converted(block, image(8, 5))
+
+
+# ---------------------------------------------------------------- the trial of a block of unknown origin
+
+
+@pytest.mark.parametrize("attribute, value", [("factor", 0.5), ("with_cp", True), ("bn2", nn.Identity())])
+def test_a_setting_changed_after_the_conversion(attribute: str, value: object) -> None:
+    block, theirs = drawn(Home()), drawn(Home())
+    theirs.load_state_dict(block.state_dict())
+    assert len(fr.convert(block).fused_now) == 1
+    for module in (block, theirs):
+        setattr(module, attribute, copy.deepcopy(value))
+    same(block, theirs, image(4, 6), fused=False)
+    report = fr.convert(block)
+    assert report.converted and not report.fused_now
+    fr.revert(block)
+    assert vars(block).keys() == vars(theirs).keys()
+
+
+def test_an_activation_emptied_after_the_conversion() -> None:
+    block, theirs = drawn(Home()), drawn(Home())
+    theirs.load_state_dict(block.state_dict())
+    fr.convert(block)
+    for module in (block, theirs):
+        module.act = nn.Sequential()
+    same(block, theirs, image(4, 6))
+
+
+class Bounded(Home):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(self.branch(x) + x)
+
+
+class BoundedInside(Home):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn2(self.conv2(F.relu6(self.bn1(self.conv1(x))))) + x)
+
+
+class Wide(Home):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.branch(x) + x * (2 if x.shape[-1] > 32 else 1))
+
+
+class Single(Home):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.branch(x) + x * (2 if x.shape[0] == 1 else 1))
+
+
+class Asserting(Home):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] % 32 == 0, "multiples of 32"
+        return self.act(self.branch(x) + x)
+
+
+class Bare(Home):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv3 = None
+
+
+REASONS = {Bounded: "not that of", BoundedInside: "not that of", Wide: "not that of", Single: "not that of"}
+REASONS |= {Asserting: "multiples of 32"}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_kept(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind().double())
+    report = fr.convert(model)
+    assert REASONS[kind] in reasons(report)["0"] and type(model[0]) is kind
+
+
+def test_a_third_convolution_that_is_none() -> None:
+    converted(drawn(Bare()), image(4, 6))
+
+
+def test_a_block_that_checkpoints_keeps_doing_so() -> None:
+    block = Home()
+    block.with_cp = True
+    assert "with_cp" in reasons(fr.convert(block))[""]
+
+
+class Owner:
+    """Not to be copied: what a hook's method may belong to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def hook(self, *_: object) -> None:
+        self.calls += 1
+
+    def __deepcopy__(self, memo: object) -> None:
+        raise AssertionError("copied")
+
+
+def test_the_trial_calls_no_hook_and_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, block = Owner(), Home()
+    block.register_forward_hook(owner.hook)
+    block.register_full_backward_hook(owner.hook)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert fr.convert(block).fused_now
+    assert owner.calls == 0 and not seeded and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, partial(torch.device, "meta")])
+def test_the_trial_under_any_mode(mode: Any) -> None:
+    block = Home()
+    with mode():
+        assert fr.convert(block).fused_now
+
+
+def test_the_trial_leaves_the_dtypes_and_the_memory_of_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are drawn anyway: none is copied, from a GPU for instance."""
+    block = Home().half()
+    pointers = [t.data_ptr() for t in block.parameters()]
+    monkeypatch.setattr(Tensor, "__deepcopy__", lambda *_: pytest.fail("copied"))
+    assert structural.why_not(block) is None
+    assert [t.data_ptr() for t in block.parameters()] == pointers
+
+
+# ---------------------------------------------------------------- what the report says
+
+
+def test_converted_again_after_something_else_changed_the_class() -> None:
+    """As ``fully_shard`` does: the blocks run fused, and so they are in the report, but cannot be restored."""
+    block = Home()
+    fr.convert(block)
+    block.__class__ = kind = type("FSDPHome", (type(block),), {})
+    report = fr.convert(block)
+    assert [name for name, _ in report.fused_now] == [""] and type(block) is kind
+    assert fr.revert(block).kept and type(block) is kind
+
+
+def test_converted_again_with_a_lasting_obstacle() -> None:
+    """A bias: the block runs child by child, and what was proven of it is not forgotten."""
+    block, theirs = drawn(Home()), drawn(Home())
+    theirs.load_state_dict(block.state_dict())
+    fr.convert(block)
+    bias, block.conv1.bias = block.conv1.bias, nn.Parameter(torch.zeros(4))
+    report = fr.convert(block)
+    assert "bias" in dict(report.converted)[""] and not report.fused_now
+    block.conv1.bias = bias
+    for module in (block, theirs):
+        module.factor = 3.0
+    same(block, theirs, image(4, 6), fused=False)
