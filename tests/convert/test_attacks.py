@@ -254,3 +254,26 @@ def test_converted_again_with_a_lasting_obstacle() -> None:
     for module in (block, theirs):
         module.factor = 3.0
     same(block, theirs, image(4, 6), fused=False)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_stem_that_is_not_reached_is_not_reported_as_fused(library: str) -> None:
+    pytest.importorskip(library)
+    model, method = networks()[library]
+    for change in ([lambda: model.set_grad_checkpointing()] if library == "timm" else []) + [
+        lambda: setattr(model, method, lambda x: x)
+    ]:
+        change()
+        report = fr.convert(model)
+        assert "" in dict(report.converted) and "" not in dict(report.fused_now)
+        fr.revert(model)
+
+
+def networks() -> dict[str, tuple[nn.Module, str]]:
+    import timm
+    import torchvision
+
+    return {
+        "torchvision": (torchvision.models.resnet18(), "_forward_impl"),
+        "timm": (timm.create_model("resnet18"), "forward_features"),
+    }
