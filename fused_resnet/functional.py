@@ -4,8 +4,8 @@ Activations are [N, C, H, W] in float16, bfloat16 or float32 (float64 in Triton'
 [Co, Ci / groups, R, S] in the same dtype, or float32 under autocast. BatchNorm parameters and running statistics are
 [C]. Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy
 2015, arXiv 1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it,
-and updates the running statistics in place in training. Under torch.func's transforms and forward-mode differentiation
-plain PyTorch runs. Bad input raises ``ValueError`` or ``TypeError`` before
+and updates the running statistics in place in training. Under torch.func's transforms, forward-mode differentiation and
+``torch.jit.trace`` plain PyTorch runs. Bad input raises ``ValueError`` or ``TypeError`` before
 anything is updated.
 """
 
@@ -373,9 +373,12 @@ _said: set[str] = set()
 
 def _request(route: str | None) -> RouteRequest:
     request = requested() if route is None else RouteRequest(check_route(route), strict=True)
-    # Operators that a compiler sees as opaque calls have no rules for vmap, and none for forward-mode differentiation.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return RouteRequest("reference") if transformed and not request.strict else request
+    return RouteRequest("reference") if not request.strict and _is_transformed() else request
+
+
+def _is_transformed() -> bool:
+    """Whether something needs operations that it knows: ours have no rule for vmap and jvp, and plans for one size."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def _take(planned: str, reason: str, request: RouteRequest, operation: str) -> bool:
