@@ -133,7 +133,7 @@ def mixin_of(module: nn.Module, parent: nn.Module | None = None, places: int = 1
         return Obstacle("FSDP has wrapped it; convert before")
     if known is None and ancestor is not None:
         return Obstacle(f"{kind.__name__} is a subclass of {_qualified(ancestor)}")
-    if "forward" in vars(module):
+    if "forward" in vars(module) or (known is not None and kind.forward.__module__ != kind.__module__):
         return Obstacle("its forward was replaced")
     if places > 1:
         return Obstacle("it is used in several places")

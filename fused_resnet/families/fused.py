@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -40,7 +41,7 @@ class FusedStem(Fused):
         raise NotImplementedError
 
     def gathered_stem(self, x: Tensor) -> list[Layers | Step] | Obstacle:
-        steps = Obstacle("traced by fx") if isinstance(x, Proxy) else self.stem()
+        steps = _tracer(x) or self.stem()
         return steps if isinstance(steps, Obstacle) else gather(steps)
 
     def fused_part(self) -> str | Obstacle:
@@ -61,7 +62,7 @@ class FusedBlock(Fused):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        described = Obstacle("traced by fx") if isinstance(x, Proxy) else self.residual()
+        described = _tracer(x) or self.residual()
         if isinstance(described, Residual):
             out = run_residual(described, x, widens=self.widens, recompute=self.recompute, keep=self.keep)
             if isinstance(out, Tensor):
@@ -98,3 +99,10 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 def _new(mixin: type[Fused], kind: type[nn.Module]) -> nn.Module:
     made = fused_class(mixin, kind)
     return made.__new__(made)
+
+
+def _tracer(x: Tensor) -> Obstacle | None:
+    """Who records what is called, for which the children are called one by one."""
+    if isinstance(x, Proxy):
+        return Obstacle("traced by fx")
+    return Obstacle("traced by torch.jit") if torch.jit.is_tracing() else None

@@ -74,6 +74,9 @@ class StructuralBlock(FusedBlock):
             return Obstacle(f"its structure does not tell what {', '.join(others)} does")
         return Residual(tuple(branch), steps, activation, type(children["conv1"]))
 
+    def forward(self, *image: Tensor, **named: Tensor) -> Tensor:  # by the name that the block's own forward gives it
+        return super().forward(*image, *named.values())
+
 
 def is_candidate(module: nn.Module) -> bool:
     """``module`` has at least two convolutions of its own, named as the blocks of a ResNet name them."""

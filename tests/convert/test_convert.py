@@ -208,6 +208,11 @@ class TestKept:
         block.forward = block.conv1.forward
         assert self.kept(nn.Sequential(block)) == {"0": "its forward was replaced"}
 
+    def test_a_forward_replaced_in_the_class(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = resnet.BasicBlock.forward
+        monkeypatch.setattr(resnet.BasicBlock, "forward", lambda self, x: 2 * original(self, x))
+        assert self.kept(nn.Sequential(resnet.BasicBlock(6, 6))) == {"0": "its forward was replaced"}
+
     def test_sharded_blocks(self) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -279,6 +284,17 @@ class TestOptions:
         with pytest.raises(ValueError, match="y7"):
             fr.convert(model, recompute=("y7",))
         assert type(model[0]) is resnet.BasicBlock
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_tracing_records_the_familys_own_forward() -> None:
+    model = stage().eval()
+    theirs = copy.deepcopy(model)
+    fr.convert(model)
+    traced = torch.jit.trace(model, image(6, 5))
+    assert "aten::batch_norm" in str(traced.inlined_graph)
+    x = image(6, 7)
+    torch.testing.assert_close(traced(x), theirs(x), rtol=0, atol=0)
 
 
 def test_a_block_alone_is_a_model() -> None:

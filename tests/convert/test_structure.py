@@ -261,6 +261,17 @@ def test_the_trial_changes_nothing() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_the_argument_keeps_its_name() -> None:
+    class Named(Home):
+        def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(features)
+
+    block, x = Named().double().eval(), image(6, 5)
+    expected = block(features=x)
+    assert fr.convert(block).fused_now
+    torch.testing.assert_close(block(features=x), expected)
+
+
 def test_edits_after_conversion() -> None:
     """Geometry, eps and activations are read at call time; a child that was added makes the block step aside."""
     ours, theirs = drawn(OwningBlock(6, 3, 8, 2, False)), drawn(OwningBlock(6, 3, 8, 2, False))

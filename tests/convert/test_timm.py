@@ -116,3 +116,20 @@ def test_fine_tuning_another_head() -> None:
     fr.convert(model)
     model.reset_classifier(5)
     assert model.eval()(torch.randn(1, 3, 16, 16)).shape == (1, 5)
+
+
+@quick
+def test_explain_counts_what_a_converted_network_launches() -> None:
+    """Attention between the fused operations, a deep stem, pooled shortcuts."""
+    options = {"stem_type": "deep", "avg_down": True, "block_args": {"attn_layer": "se"}, **SMALL}
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **options).double()
+    fr.convert(model)
+    x = image()
+    explained = fr.explain(model, example_input=x, dtype=torch.float64)
+    with fr.record_launches() as launches:
+        model(x).sum().backward()
+    rows = [row for row in explained.rows if row.source in ("fused", "vendor")]
+    assert {row.name for row in rows} == {"(model)", *(f"layer{i}.0" for i in (1, 2, 3, 4))}
+    for total in ("flops", "bytes"):
+        assert sum(getattr(row, total) for row in rows) == sum(getattr(launch, total) for launch in launches)
+    assert sum(row.launches for row in rows) == len(launches)
