@@ -9,7 +9,7 @@ from .compiling import warmup
 from .convert import Report, convert, fold, patch, revert
 from .explain import Explanation, explain
 from .launch.record import Launch, record_launches
-from .modules.blocks import BasicBlock, Bottleneck
+from .modules.blocks import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 from .modules.layers import BNAddReLU, ConvBNReLU, Stem
 from .modules.resnet import (
     ResNet,
@@ -41,6 +41,8 @@ __all__ = [
     "Report",
     "ResNet",
     "RouteUnavailableError",
+    "SEBasicBlock",
+    "SEBottleneck",
     "Stem",
     "Target",
     "cifar_plain",

@@ -21,6 +21,8 @@ from .converting import mixin_of, refuse_scripted, revert
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     blocks.BasicBlock: reference.BasicBlock,
     blocks.Bottleneck: reference.Bottleneck,
+    blocks.SEBasicBlock: reference.SEBasicBlock,
+    blocks.SEBottleneck: reference.SEBottleneck,
     layers.BNAddReLU: reference.BNAddReLU,
     layers.ConvBNReLU: reference.ConvBNReLU,
     layers.Stem: reference.Stem,
@@ -73,8 +75,10 @@ def _described(module: nn.Module) -> Residual | None:
     kind = type(module)
     if "forward" in vars(module):
         return None
-    if kind in (reference.BasicBlock, reference.Bottleneck):
-        return (torchvision.basic_block if kind is reference.BasicBlock else torchvision.bottleneck)(module)
+    if kind in (reference.BasicBlock, reference.SEBasicBlock):
+        return torchvision.basic_block(module)
+    if kind in (reference.Bottleneck, reference.SEBottleneck):
+        return torchvision.bottleneck(module)
     if kind is reference.ConvBNReLU:
         return Residual((module.conv, module.bn), (), RELU)  # type: ignore[arg-type]
     if kind in (reference.ResNet, reference.Stem):

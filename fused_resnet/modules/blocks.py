@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ class _Block(FusedBlock):
     """The two constructors, and which family's forward a block has: its children's names tell."""
 
     timm_block: tuple[type[nn.Module], ...] = ()
+    timm_defaults: ClassVar[dict[str, Any]] = {}
     plain_block: type[nn.Module]
 
     def __init__(self, *positional: Any, recompute: Sequence[str] = (), keep: Sequence[str] = (), **keywords: Any):
@@ -64,7 +65,7 @@ class _Block(FusedBlock):
                 raise TypeError(f"{name}: {', '.join(sorted(of_timm))} is timm's, which is not installed")
             _check_arguments(name, positional, {k: v for k, v in keywords.items() if k not in TIMM_ONLY})
             nn.Module.__init__(self)
-            self.__dict__.update(self.timm_block[0](*positional, **keywords).__dict__)
+            self.__dict__.update(self.timm_block[0](*positional, **{**self.timm_defaults, **keywords}).__dict__)
         else:
             _check_arguments(name, positional, keywords)
             self.plain_block.__init__(self, *positional, **keywords)
@@ -82,8 +83,8 @@ class _Block(FusedBlock):
         family = self.timm_block[0] if self.is_timm else self.plain_block
         return family.forward(self, x)  # type: ignore[no-any-return]
 
-    def drop(self) -> tuple[Step, ...]:
-        """Random depth, where it is on."""
+    def tail(self) -> tuple[Step, ...]:
+        """What follows the layers before the sum, of a block with torchvision's names: random depth, where it is on."""
         probability: float = self.stochastic_depth_prob  # type: ignore[assignment]
         if not self.training or probability == 0.0:
             return ()
@@ -110,7 +111,7 @@ class BasicBlock(_Block, *_TORCHVISION_BASIC, *_TIMM_BASIC, reference.BasicBlock
     plain_block = reference.BasicBlock
 
     def residual(self) -> Residual:
-        return timm.basic_block(self) if self.is_timm else torchvision.basic_block(self, *self.drop())
+        return timm.basic_block(self) if self.is_timm else torchvision.basic_block(self, *self.tail())
 
 
 class Bottleneck(_Block, *_TORCHVISION_BOTTLENECK, *_TIMM_BOTTLENECK, reference.Bottleneck):  # type: ignore[misc]
@@ -123,4 +124,28 @@ class Bottleneck(_Block, *_TORCHVISION_BOTTLENECK, *_TIMM_BOTTLENECK, reference.
     plain_block = reference.Bottleneck
 
     def residual(self) -> Residual:
-        return timm.bottleneck(self) if self.is_timm else torchvision.bottleneck(self, *self.drop())
+        return timm.bottleneck(self) if self.is_timm else torchvision.bottleneck(self, *self.tail())
+
+
+class _SEBlock(_Block):
+    """A squeeze and excitation, ``se``, behind the layers; with timm's names the family calls it itself."""
+
+    timm_defaults: ClassVar[dict[str, Any]] = {"attn_layer": "se"}
+
+    def tail(self) -> tuple[Step, ...]:
+        return (self.se, *super().tail())  # type: ignore[arg-type, return-value]
+
+
+class SEBasicBlock(_SEBlock, BasicBlock, reference.SEBasicBlock):  # type: ignore[misc]
+    """A :class:`BasicBlock` with squeeze and excitation (Hu et al. 2017, arXiv 1709.01507): one operation, then ``se``.
+
+    Keyword ``reduction=16`` of torchvision's constructor; with timm's, ``attn_layer`` is "se" unless given.
+    """
+
+    plain_block = reference.SEBasicBlock
+
+
+class SEBottleneck(_SEBlock, Bottleneck, reference.SEBottleneck):  # type: ignore[misc]
+    """A :class:`Bottleneck` with squeeze and excitation; in everything else as :class:`SEBasicBlock`."""
+
+    plain_block = reference.SEBottleneck

@@ -7,6 +7,7 @@ seeds mean the same in both. Each ``forward`` reads its children alone; it serve
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,10 +87,12 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] to [N, planes, ceil(H / stride), ceil(W / stride)]."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out = stochastic_depth(out, self.stochastic_depth_prob, self.training)
+        out = stochastic_depth(self.branch(x), self.stochastic_depth_prob, self.training)
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out))
 
     def zero_init_last(self) -> None:
         """Makes the block the identity at first: the last normalisation's weight is 0 (Goyal et al. 2017)."""
@@ -132,16 +135,58 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, ceil(H / stride), ceil(W / stride)]."""
+        out = stochastic_depth(self.branch(x), self.stochastic_depth_prob, self.training)
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+    def branch(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out = stochastic_depth(out, self.stochastic_depth_prob, self.training)
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.bn3(self.conv3(out))
 
     def zero_init_last(self) -> None:
         """Makes the block the identity at first: the last normalisation's weight is 0 (Goyal et al. 2017)."""
         if isinstance(self.bn3.weight, Tensor):
             nn.init.zeros_(self.bn3.weight)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by what all of them are on average (Hu et al. 2017, arXiv 1709.01507, Figure 2).
+
+    Two 1x1 convolutions with bias, over ``channels / reduction`` channels: timm's names, and as there the nearest
+    multiple of 8, at least 8. [N, channels, H, W] to the same.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(8, int(channels / reduction + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(mean))))
+
+
+class SEBasicBlock(BasicBlock):
+    """A :class:`BasicBlock` with squeeze and excitation, ``se``, at the end of its branch (Hu et al. 2017)."""
+
+    def __init__(self, *arguments: Any, reduction: int = 16, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.se = SqueezeExcitation(self.conv2.out_channels, reduction)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.se(super().branch(x))
+
+
+class SEBottleneck(Bottleneck):
+    """A :class:`Bottleneck` with squeeze and excitation, ``se``, at the end of its branch (Hu et al. 2017)."""
+
+    def __init__(self, *arguments: Any, reduction: int = 16, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.se = SqueezeExcitation(self.conv3.out_channels, reduction)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.se(super().branch(x))
 
 
 class ConvBNReLU(nn.Module):

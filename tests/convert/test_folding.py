@@ -263,6 +263,8 @@ def test_our_layers() -> None:
     check(nn.Sequential(fr.Stem(3, 8), fr.ConvBNReLU(8, 6, 3, relu=False), fr.ConvBNReLU(6, 4, 1)), image())
     tail = check(Tail(), image(2, 8, 5, 5), left=1)  # whose input a norm of ours takes is not known
     assert type(tail.add) is reference.BNAddReLU
+    assert type(check(fr.SEBasicBlock(8, 8), image(2, 8, 7, 7))) is reference.SEBasicBlock
+    exported(check(fr.SEBottleneck(16, 4), image(2, 16, 7, 7)), image(2, 16, 7, 7))
     block = check(fr.Bottleneck(16, 4, recompute=("y1",)), image(2, 16, 7, 7))
     assert type(block) is reference.Bottleneck and not {"recompute", "keep"} & set(vars(block))
 
