@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -41,7 +40,7 @@ class FusedStem(Fused):
         raise NotImplementedError
 
     def gathered_stem(self, x: Tensor) -> list[Layers | Step] | Obstacle:
-        steps = _tracer(x) or self.stem()
+        steps = Obstacle("traced by fx") if isinstance(x, Proxy) else self.stem()
         return steps if isinstance(steps, Obstacle) else gather(steps)
 
     def fused_part(self) -> str | Obstacle:
@@ -62,7 +61,7 @@ class FusedBlock(Fused):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        described = _tracer(x) or self.residual()
+        described = Obstacle("traced by fx") if isinstance(x, Proxy) else self.residual()
         if isinstance(described, Residual):
             out = run_residual(described, x, widens=self.widens, recompute=self.recompute, keep=self.keep)
             if isinstance(out, Tensor):
@@ -99,10 +98,3 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 def _new(mixin: type[Fused], kind: type[nn.Module]) -> nn.Module:
     made = fused_class(mixin, kind)
     return made.__new__(made)
-
-
-def _tracer(x: Tensor) -> Obstacle | None:
-    """Who records what is called, for which the children are called one by one."""
-    if isinstance(x, Proxy):
-        return Obstacle("traced by fx")
-    return Obstacle("traced by torch.jit") if torch.jit.is_tracing() else None

@@ -286,17 +286,6 @@ class TestOptions:
         assert type(model[0]) is resnet.BasicBlock
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
-def test_tracing_records_the_familys_own_forward() -> None:
-    model = stage().eval()
-    theirs = copy.deepcopy(model)
-    fr.convert(model)
-    traced = torch.jit.trace(model, image(6, 5))
-    assert "aten::batch_norm" in str(traced.inlined_graph)
-    x = image(6, 7)
-    torch.testing.assert_close(traced(x), theirs(x), rtol=0, atol=0)
-
-
 def test_a_block_alone_is_a_model() -> None:
     block = drawn(resnet.BasicBlock(6, 6))
     theirs = copy.deepcopy(block)
