@@ -196,7 +196,7 @@ BUGS = [
     Bug(
         "a lost last tile",
         "launch.conv_fprop",
-        "triton.cdiv(p.M, config.block_m)",
+        "ceil_div(p.M, config.block_m)",
         "p.M // config.block_m",
         ("vendor", "bottleneck"),
     ),

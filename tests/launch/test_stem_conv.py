@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def nhwc(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 def operands(p: ConvProblem, dtype: torch.dtype) -> tuple[ConvProblem, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The problem in ``dtype``, x, weight, dy."""
-    typed = ConvProblem(**{**vars(p), "dtype": str(dtype).removeprefix("torch.")})
+    typed = replace(p, dtype=str(dtype).removeprefix("torch."))
     x = nhwc(p.N, p.Ci, p.H, p.W, dtype=dtype, seed=1)
     weight = nhwc(p.Co, p.Ci, p.R, p.S, dtype=dtype, seed=2)
     return typed, x, weight, nhwc(p.N, p.Co, p.P, p.Q, dtype=dtype, seed=3)
@@ -148,4 +150,4 @@ def test_refuses_what_it_cannot_do() -> None:
         stem_conv_fprop(x.double(), weight.double(), problem, FPROP)
     for changed in ({"Ci": 5}, {"S": 9}, {"dilation": (1, 2)}, {"R": 1, "S": 1}, {"groups": 3}):
         with pytest.raises(ValueError, match="few channels"):
-            stem_conv_fprop(x, weight, ConvProblem(**{**vars(problem), **changed}), FPROP)
+            stem_conv_fprop(x, weight, replace(problem, **changed), FPROP)
