@@ -133,7 +133,7 @@ def mixin_of(module: nn.Module, parent: nn.Module | None = None, places: int = 1
         return Obstacle("FSDP has wrapped it; convert before")
     if known is None and ancestor is not None:
         return Obstacle(f"{kind.__name__} is a subclass of {_qualified(ancestor)}")
-    if "forward" in vars(module) or (known is not None and kind.forward.__module__ != kind.__module__):
+    if "forward" in vars(module) or (known is not None and _is_patched(kind, known)):
         return Obstacle("its forward was replaced")
     if places > 1:
         return Obstacle("it is used in several places")
@@ -141,6 +141,18 @@ def mixin_of(module: nn.Module, parent: nn.Module | None = None, places: int = 1
         obstacle = structural.why_not(module)
         return structural.StructuralBlock if obstacle is None else obstacle
     return known
+
+
+def _is_patched(kind: type[nn.Module], mixin: type[Fused]) -> bool:
+    """Whether somebody gave ``kind`` another method in place of one that ``mixin`` speaks for."""
+    for name in ("forward", "_forward_impl", "forward_features"):
+        method = vars(kind).get(name)
+        if method is None or not hasattr(mixin, name):
+            continue
+        home = getattr(method, "__module__", None), getattr(method, "__qualname__", None)
+        if home != (kind.__module__, f"{kind.__qualname__}.{name}") or hasattr(method, "__wrapped__"):
+            return True
+    return False
 
 
 def _qualified(kind: type[Any]) -> str:

@@ -24,7 +24,7 @@ from .residual import RELU, Residual, Step, gather
 NORMS = ("bn{}", "norm{}")
 ACTIVATIONS = ("relu{}", "act{}", "relu", "act", "activation")
 SHORTCUTS = ("downsample", "shortcut")
-IMAGES = {True: (2, 13, 14), False: (1, 16, 40)}
+IMAGES = {True: (2, 13, 14), False: (1, 14, 34)}
 """Batch, height and width of the trials in training and in evaluation: odd and even, small and wide."""
 PLAIN = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """What a flag or a factor of a block is."""
@@ -92,7 +92,11 @@ def settings(block: nn.Module) -> tuple[tuple[str, Any], ...]:
     found |= vars(block)
     state = vars(nn.Module()).keys()
     names = [name for name in found if name not in state and not name.startswith("__")]
-    return tuple((name, found[name]) for name in names if isinstance(found[name], PLAIN))
+    return tuple((name, found[name]) for name in names if _is_plain(found[name]))
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, PLAIN) and (not isinstance(value, tuple) or all(map(_is_plain, value)))
 
 
 def why_not(block: nn.Module) -> Obstacle | None:

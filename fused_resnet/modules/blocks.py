@@ -42,7 +42,8 @@ def _check_arguments(name: str, positional: Sequence[Any], keywords: dict[str, A
         elif argument == "norm_layer":
             fits = value is None or callable(value)
         else:
-            fits = hasattr(value, "__index__") and not isinstance(value, bool)
+            pair = argument == "stride" and isinstance(value, tuple) and len(value) == 2
+            fits = all(hasattr(v, "__index__") and not isinstance(v, bool) for v in (value if pair else (value,)))
         if argument in POSITIONS and not fits:
             raise TypeError(f"{name}: {argument} got {value!r}, a {type(value).__name__}")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
@@ -55,7 +55,7 @@ def tv_block(**options: Any) -> nn.Module:
 def test_frozen_norms_whose_eps_is_zero() -> None:
     """torchvision's pretrained detectors set it so."""
     frozen = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
-    converted(tv_block(norm_layer=partial(frozen, eps=0.0)), image(8, 5), evaluation=False)
+    converted(tv_block(norm_layer=functools.partial(frozen, eps=0.0)), image(8, 5), evaluation=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -114,6 +114,30 @@ def test_a_trace_of_torchscript_takes_other_sizes() -> None:
         traced = torch.jit.trace(ours, image(8, 6))
     for x in (image(8, 5, batch=3), image(8, 9, batch=1)):
         torch.testing.assert_close(traced(x), theirs(x))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_replaced(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = tv_block()
+    forward = type(block).forward
+
+    def twice(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * forward(self, x)
+
+    monkeypatch.setattr(type(block), "forward", functools.wraps(forward)(twice) if wrapped else twice)
+    assert "forward was replaced" in reasons(fr.convert(block))[""]
+
+
+@pytest.mark.parametrize("stride", [(2, 1), (1, 2)])
+def test_a_stride_of_its_own_in_each_direction(stride: tuple[int, int]) -> None:
+    """torchvision's blocks take it, and so do ours."""
+    theirs = tv_block(
+        stride=stride, downsample=nn.Sequential(nn.Conv2d(8, 8, 1, stride, bias=False), nn.BatchNorm2d(8))
+    )
+    ours = fr.Bottleneck(8, 2, stride, copy.deepcopy(theirs.downsample)).double()
+    ours.load_state_dict(theirs.state_dict())
+    same(ours, theirs, image(8, 6))
+    converted(theirs, image(8, 6), evaluation=False)
 
 
 def test_random_numbers_are_drawn_in_eagers_order() -> None:
@@ -226,7 +250,7 @@ def test_the_trial_calls_no_hook_and_seeds_no_gpu(monkeypatch: pytest.MonkeyPatc
     assert owner.calls == 0 and not seeded and torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, partial(torch.device, "meta")])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, functools.partial(torch.device, "meta")])
 def test_the_trial_under_any_mode(mode: Any) -> None:
     block = Home()
     with mode():
