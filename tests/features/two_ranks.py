@@ -232,6 +232,87 @@ def norms_without_synchronisation(rank: int) -> None:
     close(dict(ours.named_buffers()), dict(plain.module.named_buffers()))
 
 
+# ---------------------------------------------------------------- conversion
+
+
+class Block(nn.Module):
+    """A block of nobody's family."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
+
+
+def convert(net: nn.Module) -> fr.Report:
+    return fr.convert(net)
+
+
+def shard(net: nn.Module) -> None:
+    fully_shard(net[0])
+    fully_shard(net)
+
+
+CONVERSIONS: dict[tuple[Callable[[nn.Module], Any], ...], tuple[str, bool]] = {
+    (convert, shard): ("FSDPFusedBlock", False),
+    (convert, shard, convert): ("FSDPFusedBlock", False),
+    (convert, shard, fr.revert): ("FSDPFusedBlock", True),  # what FSDP made of the class is FSDP's to undo
+    (convert, fr.revert, shard): ("FSDPBlock", False),
+    (shard, convert): ("FSDPBlock", True),
+    (shard, convert, fr.revert): ("FSDPBlock", False),
+}
+"""What is done to a network, in order; the class that its block then has, and whether the last report keeps it."""
+
+
+def conversions(rank: int) -> None:
+    """``convert``, ``fully_shard`` and ``revert`` in every order: gradients as of the plain network, true reports."""
+    for steps, (name, kept) in CONVERSIONS.items():
+        torch.manual_seed(0)
+        theirs = nn.Sequential(Block(), nn.Flatten()).double()
+        ours = copy.deepcopy(theirs)
+        report = [action(ours) for action in steps][-1]
+        assert type(ours[0]).__name__ == name, (steps, type(ours[0]))
+        fused = "Fused" in name
+        if report is not None:
+            assert bool(report.kept) == kept, report
+            assert bool(report.fused_now) == (fused and steps[-1] is convert), report
+        x = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        with fr.record_launches() as launches:
+            step(ours, x)
+        assert bool(launches) == fused
+        step(theirs, x)
+        close(gradients(ours), mean_over_ranks(theirs))
+
+
+def converted_under_ddp(rank: int) -> None:
+    """``convert`` and ``revert`` before and after ``DistributedDataParallel`` took the network."""
+    for early in (True, False):
+        torch.manual_seed(0)
+        theirs = nn.Sequential(Block(), nn.Flatten()).double()
+        ours = copy.deepcopy(theirs)
+        if early:
+            fr.convert(ours)
+        wrapped = DistributedDataParallel(ours)
+        if not early:
+            fr.convert(wrapped)
+        x = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        for fused in (True, False):
+            ours.zero_grad()
+            theirs.zero_grad()
+            with fr.record_launches() as launches:
+                step(wrapped, x)
+            assert bool(launches) == fused
+            step(theirs, x)
+            close(gradients(ours), mean_over_ranks(theirs))
+            fr.revert(wrapped)
+
+
 CASES: dict[str, Callable[[int], None]] = {
     case.__name__: case
     for case in (
@@ -243,6 +324,8 @@ CASES: dict[str, Callable[[int], None]] = {
         resharded,
         synchronised_norms,
         norms_without_synchronisation,
+        conversions,
+        converted_under_ddp,
     )
 }
 
