@@ -188,24 +188,13 @@ class Wide(Home):
         return self.act(self.branch(x) + x * (2 if x.shape[-1] > 32 else 1))
 
 
-class Single(Home):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.branch(x) + x * (2 if x.shape[0] == 1 else 1))
-
-
 class Asserting(Home):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[-1] % 32 == 0, "multiples of 32"
         return self.act(self.branch(x) + x)
 
 
-class Bare(Home):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv3 = None
-
-
-REASONS = {Bounded: "not that of", BoundedInside: "not that of", Wide: "not that of", Single: "not that of"}
+REASONS = {Bounded: "not that of", BoundedInside: "not that of", Wide: "not that of"}
 REASONS |= {Asserting: "multiples of 32"}
 
 
@@ -217,7 +206,9 @@ def test_kept(kind: type[nn.Module]) -> None:
 
 
 def test_a_third_convolution_that_is_none() -> None:
-    converted(drawn(Bare()), image(4, 6))
+    block = drawn(Home())
+    block.conv3 = None
+    converted(block, image(4, 6))
 
 
 def test_a_block_that_checkpoints_keeps_doing_so() -> None:
@@ -314,3 +305,46 @@ def networks() -> dict[str, tuple[nn.Module, str]]:
         "torchvision": (torchvision.models.resnet18(), "_forward_impl"),
         "timm": (timm.create_model("resnet18"), "forward_features"),
     }
+
+
+# ---------------------------------------------------------------- PyTorch around a converted block
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("kind", ["torchvision", "timm SE", "structure"])
+def test_compiled_in_one_graph(kind: str, training: bool) -> None:
+    if kind == "timm SE":
+        timm = pytest.importorskip("timm")
+        theirs = drawn(timm.models.resnet.Bottleneck(8, 2, attn_layer="se", drop_path=timm.layers.DropPath(0.5)))
+    else:
+        theirs = drawn(Home(8)) if kind == "structure" else tv_block()
+    ours = copy.deepcopy(theirs)
+    fr.convert(ours)
+    torch._dynamo.reset()
+    ours.compile(fullgraph=True, backend="aot_eager")
+    same(ours.train(training), theirs.train(training), image(8, 6))
+
+
+def test_edits_after_compilation() -> None:
+    theirs, x = drawn(Home()), image(4, 6)
+    ours = copy.deepcopy(theirs)
+    fr.convert(ours)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for name, value in (("act", nn.SiLU()), ("factor", 0.5), ("factor", 1.0), ("bn2", nn.Identity())):
+        for block in (ours, theirs):
+            setattr(block, name, copy.deepcopy(value))
+        torch.testing.assert_close(compiled(x), theirs(x))
+
+
+def test_feature_extraction_and_checkpointing() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    resnet = torchvision.models.resnet
+    theirs = drawn(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=3, width_per_group=4))
+    ours, x = copy.deepcopy(theirs), image(3, 32)
+    fr.convert(ours)
+    extract = torchvision.models.feature_extraction.create_feature_extractor
+    torch.testing.assert_close(*(extract(net, {"layer2": "out"})(x)["out"] for net in (ours, theirs)))
+    for net in (ours, theirs):
+        net.layer1.forward = functools.partial(checkpoint, net.layer1.forward, use_reentrant=False)
+    same(ours, theirs, x)
