@@ -25,6 +25,11 @@ def bottleneck(stride: int = 1, **options: object) -> nn.Module:
     return resnet.Bottleneck(8, 4 if stride > 1 else 2, stride, down, **options)
 
 
+def activated(block: nn.Module) -> nn.Module:
+    block.bn1 = BatchNormAct2d(2, act_layer=nn.SiLU)
+    return block
+
+
 BLOCKS = {
     "basic": (lambda: resnet.BasicBlock(8, 8), "one operation"),
     "bottleneck": (bottleneck, "one operation"),
@@ -40,6 +45,20 @@ BLOCKS = {
     "blur": (lambda: bottleneck(2, aa_layer=BlurPool2d), "fused around BlurPool2d"),
     "random depth": (lambda: bottleneck(drop_path=DropPath(0.5)), "fused around DropPath, ReLU"),
     "drop block": (lambda: bottleneck(drop_block=partial(DropBlock2d, 0.3, 3)), "fused around DropBlock2d, ReLU"),
+    "attention, then random depth": (
+        lambda: bottleneck(attn_layer="se", drop_path=DropPath(0.5)),
+        "fused around SEModule, DropPath, ReLU",
+    ),
+    "drop block and blur in a basic block": (
+        lambda: resnet.BasicBlock(
+            8, 6, 2, resnet.downsample_conv(8, 6, 1, 2), drop_block=partial(DropBlock2d, 0.3, 3), aa_layer=BlurPool2d
+        ),
+        "fused around DropBlock2d, ReLU, BlurPool2d",
+    ),
+    "norm that goes on to an activation": (
+        lambda: activated(bottleneck()),
+        "fused around SiLU, ReLU",
+    ),
     "norm with an activation of its own": (
         lambda: bottleneck(norm_layer=partial(BatchNormAct2d, apply_act=False)),
         "one operation",
