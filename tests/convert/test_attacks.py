@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from typing import Any
 
 import pytest
@@ -104,14 +103,13 @@ def test_functional_transforms_give_eagers_result(name: str) -> None:
     torch.testing.assert_close(transforms()[name](ours, x), transforms()[name](theirs, x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_a_trace_of_torchscript_takes_other_sizes() -> None:
     """It holds plain operations, since the kernels' plans are made for one size."""
     theirs = tv_block().eval()
     ours = copy.deepcopy(theirs)
     fr.convert(ours)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and says of each check that it becomes a constant
-        traced = torch.jit.trace(ours, image(8, 6))
+    traced = torch.jit.trace(ours, image(8, 6))
     for x in (image(8, 5, batch=3), image(8, 9, batch=1)):
         torch.testing.assert_close(traced(x), theirs(x))
 
