@@ -190,22 +190,32 @@ def test_functional_calls_of_a_network(tied: bool) -> None:
     agree(*found)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad of grad", "jvp"])
-def test_transforms_that_the_operations_have_no_rule_for_raise(transform: str) -> None:
-    """Never a wrong number: per-sample statistics, second derivatives and forward mode are refused."""
-    block = fr.BasicBlock(4, 4).double()
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+@pytest.mark.parametrize("transform", ["grad of grad", "jvp"])
+def test_transforms_that_the_operations_have_no_rule_for_run_plain(transform: str) -> None:
+    """Never a wrong number: under torch.func second derivatives and forward mode are plain PyTorch's."""
+    results = []
+    for block in twins(lambda family: family.BasicBlock(4, 4)):
+        block.eval()  # in training PyTorch's own BatchNorm cannot count batches under a transform
+        x = torch.linspace(-1, 1, 200, dtype=torch.float64).view(2, 4, 5, 5).sin()
 
-    def loss(x: Tensor) -> Tensor:
-        return block(x).square().sum()
+        def loss(x: Tensor, block: nn.Module = block) -> Tensor:
+            return block(x).square().sum()
 
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        if transform == "vmap":
-            torch.func.vmap(loss)(torch.stack([x, x]))
-        elif transform == "jvp":
-            torch.func.jvp(loss, (x,), (x,))
-        else:
-            torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
+        with fr.record_launches() as launches:
+            if transform == "jvp":
+                value, tangent = torch.func.jvp(loss, (x,), (x.cos(),))
+                results.append({"value": value, "tangent": tangent})
+            else:
+                results.append({"second": torch.func.grad(lambda x, f=loss: torch.func.grad(f)(x).square().sum())(x)})
+        assert not launches
+    agree(*results)
+
+
+def test_batches_of_batches_are_refused_as_eager_refuses_them() -> None:
+    """``vmap`` over batch statistics, which each sample would update."""
+    for block in twins(lambda family: family.BasicBlock(4, 4)):
+        with pytest.raises(RuntimeError):
+            torch.func.vmap(block)(torch.randn(2, 2, 4, 5, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("create_graph", [True, False])
