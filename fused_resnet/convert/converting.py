@@ -82,6 +82,7 @@ def revert(model: nn.Module) -> Report:
 
 
 def refuse_scripted(model: nn.Module, verb: str) -> None:
+    """TypeError where a module of ``model`` is TorchScript's, whose class says nothing. ``verb``: what was asked."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError(f"a scripted model cannot be {verb}ed; {verb} the model that it was made from")
 

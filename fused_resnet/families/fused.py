@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .children import Obstacle, Unscriptable
-from .residual import Layers, Residual, Step, gather, run_residual, summary
+from .residual import Residual, Step, run_residual, summary
 
 
 class Fused(Unscriptable):
@@ -38,10 +38,6 @@ class FusedStem(Fused):
     def stem(self) -> Sequence[Step] | Obstacle:
         """What the stem calls, in order."""
         raise NotImplementedError
-
-    def gathered_stem(self, x: Tensor) -> list[Layers | Step] | Obstacle:
-        steps = Obstacle("traced by fx") if isinstance(x, Proxy) else self.stem()
-        return steps if isinstance(steps, Obstacle) else gather(steps)
 
     def fused_part(self) -> str | Obstacle:
         steps = self.stem()

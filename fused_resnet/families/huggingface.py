@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .children import Obstacle, is_untouched
 from .fused import FusedBlock, FusedStem
-from .residual import Residual, Step, run
+from .residual import Residual, Step, gather_for, run
 
 
 class HuggingFaceBlock(FusedBlock):
@@ -40,7 +40,7 @@ class HuggingFaceStem(FusedStem):
         return (*layer, children["pooler"]) if layer else Obstacle("its embedder is no plain ResNetConvLayer")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        stem = self.gathered_stem(pixel_values)
+        stem = gather_for(pixel_values, self.stem())
         if isinstance(stem, Obstacle) or pixel_values.shape[1] != self.num_channels:
             return super().forward(pixel_values)  # type: ignore[no-any-return]
         return run(stem, pixel_values)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional
 from .children import Obstacle, has_activation, is_untouched, norm_reader, why_not_conv, why_not_norm
@@ -88,6 +89,13 @@ def gather(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> l
         else:
             gathered.append(Layers(((first, norm),), relu))  # type: ignore[arg-type]
     return gathered
+
+
+def gather_for(x: object, steps: Sequence[Step | None] | Obstacle) -> list[Layers | Step] | Obstacle:
+    """What :func:`gather` makes of ``steps`` for the data ``x``; a proxy of fx is none: its tracer wants the calls."""
+    if isinstance(x, Proxy):
+        return Obstacle("traced by fx")
+    return steps if isinstance(steps, Obstacle) else gather(steps)
 
 
 def run(gathered: Sequence[Layers | Step], x: Tensor) -> Tensor:

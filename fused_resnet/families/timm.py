@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .children import Obstacle
 from .fused import FusedBlock, FusedStem
-from .residual import Residual, Step, run
+from .residual import Residual, Step, gather_for, run
 
 
 def basic_block(block: nn.Module) -> Residual:
@@ -48,7 +48,7 @@ class TimmResNet(FusedStem):
         return (self.conv1, self.bn1, self.act1, self.maxpool)  # type: ignore[return-value]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        stem = self.gathered_stem(x)
+        stem = gather_for(x, self.stem())
         if isinstance(stem, Obstacle):
             return super().forward_features(x)  # type: ignore[misc, no-any-return]
         x = run(stem, x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .children import Obstacle
 from .fused import FusedBlock, FusedStem
-from .residual import Residual, Step, run
+from .residual import Residual, Step, gather_for, run
 
 
 def basic_block(block: nn.Module, *tail: Step) -> Residual:
@@ -43,7 +43,7 @@ class TorchvisionResNet(FusedStem):
         return (self.conv1, self.bn1, self.relu, self.maxpool)  # type: ignore[return-value]
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        stem = self.gathered_stem(x)
+        stem = gather_for(x, self.stem())
         if isinstance(stem, Obstacle):
             return super()._forward_impl(x)  # type: ignore[misc, no-any-return]
         x = run(stem, x)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .. import functional, reference
 from ..families.children import Obstacle, Unscriptable
-from ..families.residual import RELU, gather, run
+from ..families.residual import RELU, gather_for, run
 
 POOL = nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -21,8 +20,8 @@ class ConvBNReLU(Unscriptable, reference.ConvBNReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = gather((self.conv, self.bn, RELU if self.relu else None))
-        return super().forward(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
+        steps = gather_for(x, (self.conv, self.bn, RELU if self.relu else None))
+        return super().forward(x) if isinstance(steps, Obstacle) else run(steps, x)
 
 
 class BNAddReLU(Unscriptable, reference.BNAddReLU):
@@ -45,5 +44,5 @@ class Stem(Unscriptable, reference.Stem):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = gather((self.conv1, self.bn1, RELU, POOL))
-        return super().forward(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
+        steps = gather_for(x, (self.conv1, self.bn1, RELU, POOL))
+        return super().forward(x) if isinstance(steps, Obstacle) else run(steps, x)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.fx import Proxy
 
 from .. import reference
 from ..families.children import Obstacle, Unscriptable
-from ..families.residual import gather, run
+from ..families.residual import gather_for, run
 from .blocks import BasicBlock, Bottleneck
 from .layers import ConvBNReLU
 
@@ -26,8 +25,8 @@ class ResNet(Unscriptable, reference.ResNet):
     """:class:`fused_resnet.reference.ResNet` with a fused stem; the blocks bring their own fusion."""
 
     def stem(self, x: Tensor) -> Tensor:
-        steps = gather((self.conv1, self.bn1, self.relu, self.maxpool))
-        return super().stem(x) if isinstance(x, Proxy) or isinstance(steps, Obstacle) else run(steps, x)
+        steps = gather_for(x, (self.conv1, self.bn1, self.relu, self.maxpool))
+        return super().stem(x) if isinstance(steps, Obstacle) else run(steps, x)
 
 
 family = reference.Family(BasicBlock, Bottleneck, PlainBlock, PlainBottleneck, ResNet)
