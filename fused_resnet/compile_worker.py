@@ -42,9 +42,10 @@ class Job(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, Any]
 
-    def compile(self) -> None:
+    def compile(self) -> Any:
+        """What Triton made of it: from its cache, where it is there already."""
         arguments = {name: built(value) for name, value in self.arguments.items()}
-        getattr(importlib.import_module(self.module), self.kernel).warmup(grid=(1,), **arguments, **self.options)
+        return getattr(importlib.import_module(self.module), self.kernel).warmup(grid=(1,), **arguments, **self.options)
 
 
 class _TargetOnly:
@@ -53,13 +54,13 @@ class _TargetOnly:
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self._target = GPUTarget("cuda", capability, 32)
+        self._capability, self._target = capability, GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> Any:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._capability  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

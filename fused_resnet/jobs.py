@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 
 from .compile_worker import Job, TensorArgument
+from .launch.record import Rehearsed
 
 FEW = 4
 """Kernels that one process compiles before a second one has started."""
@@ -57,9 +58,10 @@ class Jobs:
     def __init__(self) -> None:
         self._found: dict[Any, Job] = {}
 
-    def collect(self, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        job = _job(kernel, arguments, options)
-        self._found.setdefault(_key(kernel, job), job)
+    def collect(self, found: Rehearsed) -> Job:
+        """The first job that was found of the same code."""
+        job = _job(found.kernel, found.arguments, found.options)
+        return self._found.setdefault(_key(found.kernel, job), job)
 
     @property
     def distinct(self) -> list[Job]:

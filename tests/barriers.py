@@ -76,11 +76,10 @@ def in_ptx(ptx: str, source: str, argument: str) -> str:
 
 def compiled(call: Any, sm: int, source: str) -> Any:
     """The kernel of a captured launch, compiled from ``source``."""
-    from triton.runtime import driver
+    from fused_resnet.compile_worker import become_compiler
+    from tests.compile_audit import mock
 
-    from tests.compile_audit import OfflineDriver, mock
-
-    driver.set_active(OfflineDriver(sm))
+    become_compiler(sm)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "variant.py"
         path.write_text(source)

@@ -73,24 +73,6 @@ HEADER = (
 )
 
 
-class OfflineDriver:
-    """Answers what Triton asks of a driver when it only compiles."""
-
-    def __init__(self, sm: int) -> None:
-        self.sm = sm
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.sm, 32)
-
-    def get_current_device(self) -> int:
-        return self.sm  # Triton caches by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def mock(value: Any) -> Any:
     """An argument as the compiler takes it where there is no tensor: a dtype stands for one, in tuples too."""
     import torch
@@ -107,9 +89,9 @@ def mock(value: Any) -> Any:
 
 def compile_call(call: Any, sm: int) -> Compiled:
     """Compiles one captured launch through Triton's own path, so that it specialises as at run time."""
-    from triton.runtime import driver
+    from fused_resnet.compile_worker import become_compiler
 
-    driver.set_active(OfflineDriver(sm))
+    become_compiler(sm)
     kernel = getattr(importlib.import_module(call.module), call.kernel)
     arguments = {n: mock(v) for n, v in call.arguments}
     options = dict(call.options)

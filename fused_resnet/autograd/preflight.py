@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..launch.record import rehearse_launches
+from ..launch.record import Rehearsed, rehearse_launches
 from ..plan import planner
 from ..plan.plans import ChainProblem, decode
 from . import chain
@@ -64,14 +64,14 @@ def _compile(text: str, index: int, parameters: str) -> str:
     """Compiles what the plan launches; the first failure in words, or ""."""
     failures: list[str] = []
 
-    def on_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def on_kernel(found: Rehearsed) -> None:
         if not failures:
             try:
-                compile_kernel(kernel, arguments, options)
+                compile_kernel(found.kernel, found.arguments, found.options)
             except REFUSALS as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
                 detail = f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
-                failures.append(f"{kernel.fn.__name__} does not compile here ({detail})")
+                failures.append(f"{found.kernel.fn.__name__} does not compile here ({detail})")
 
     try:
         with torch.cuda.device(index), rehearse_launches(on_kernel), torch.no_grad():

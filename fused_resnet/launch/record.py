@@ -27,8 +27,17 @@ class Launch(NamedTuple):
     config: dict[str, Any]
 
 
-OnKernel = Callable[[Any, dict[str, Any], dict[str, Any]], None]
-"""Is told of a kernel that would run: the jitted function, its arguments by name, its compilation options."""
+class Rehearsed(NamedTuple):
+    """A kernel that would run: the jitted function, how it would be launched, and what the record holds of it."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+    entry: Launch
+
+
+OnKernel = Callable[[Rehearsed], object]
 
 
 class _Rehearsal(threading.local):
@@ -134,7 +143,8 @@ def launch(
         return
     if device.type == "meta":
         if _rehearsal.on_kernel is not None:
-            _rehearsal.on_kernel(kernel, arguments, dict(config.options))
+            assert _rehearsal.launches is not None
+            _rehearsal.on_kernel(Rehearsed(kernel, arguments, dict(config.options), grid, _rehearsal.launches[-1]))
         return
     for watch in _watches:
         watch.begin(kernel.fn.__name__, config)

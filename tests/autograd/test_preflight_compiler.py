@@ -45,9 +45,9 @@ SCRIPT = """
 
     compiled = []
 
-    def on_kernel(kernel, arguments, options):
-        preflight.compile_kernel(kernel, arguments, options)
-        compiled.append(kernel.fn.__name__)
+    def on_kernel(found):
+        preflight.compile_kernel(found.kernel, found.arguments, found.options)
+        compiled.append(found.kernel.fn.__name__)
 
     def block(dtype, residual, route, training=True):
         one, three = ((1, 1), (0, 0), (1, 1), 1), ((1, 1), (1, 1), (1, 1), 1)
