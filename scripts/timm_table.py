@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the table of timm's ResNets in docs/bring_your_model.md: what ``fr.convert`` does with each of them.
+"""Writes the tables of timm's ResNets in docs/bring_your_model.md: what ``fr.convert`` does with each of them.
 
 Models are made on the meta device, so it takes seconds and downloads nothing. Run it again after a change of the
 families' descriptions or with another timm.
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import fused_resnet as fr  # noqa: E402
 
 PAGE = ROOT / "docs" / "bring_your_model.md"
+MODULES = ("resnet", "res2net", "sknet", "resnest")
 BEGIN, END = "<!-- timm:begin -->", "<!-- timm:end -->"
 
 
@@ -36,9 +37,13 @@ def row(name: str) -> str:
 
 
 def table() -> str:
-    names = timm.list_models(module="resnet")
-    head = f"All {len(names)} models of `timm/models/resnet.py` in timm {timm.__version__}:"
-    return "\n".join([head, "", "| model | stem | blocks |", "|---|---|---|", *map(row, names)])
+    """``resnet.py``'s models, and those of the files whose blocks make the same network."""
+    parts = []
+    for module in MODULES:
+        names = timm.list_models(module=module)
+        head = f"All {len(names)} models of `timm/models/{module}.py` in timm {timm.__version__}:"
+        parts.append("\n".join([head, "", "| model | stem | blocks |", "|---|---|---|", *map(row, names)]))
+    return "\n\n".join(parts)
 
 
 def updated(page: str) -> str:

@@ -27,6 +27,7 @@ class Obstacle(NamedTuple):
 
 
 ReadNorm = Callable[[nn.Module], BatchNorm]
+VECTORS = BatchNorm._fields[:4]
 
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -108,10 +109,15 @@ def norm_reader(norm: nn.Module) -> ReadNorm | None:
     kind = type(norm)
     if kind is nn.BatchNorm2d or has_activation(norm):
         return batch_norm_of  # type: ignore[return-value]
-    # torchvision's and detectron2's: four buffers and an eps
-    if kind.__name__ == "FrozenBatchNorm2d" and {"weight", "bias", "running_mean", "running_var"} <= {*norm._buffers}:
-        return _frozen if isinstance(getattr(norm, "eps", None), float) else None
+    # torchvision's and detectron2's, and transformers' DetrFrozenBatchNorm2d and its kin: four buffers and an eps
+    if kind.__name__.endswith("FrozenBatchNorm2d") and {*VECTORS} <= norm._buffers.keys():
+        return _frozen if isinstance(_frozen_eps(norm), float) else None
     return None
+
+
+def _frozen_eps(norm: nn.Module) -> object:
+    """The eps of a frozen norm; those of transformers hold none: it stands in their forward."""
+    return 1e-5 if type(norm).__module__.startswith("transformers.") else getattr(norm, "eps", None)
 
 
 def has_activation(norm: nn.Module) -> bool:
@@ -125,8 +131,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def _frozen(norm: nn.Module) -> BatchNorm:
-    weight, bias, mean, var = (norm._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
-    return BatchNorm(weight, bias, mean, var, eps=norm.eps or TINY, training=False)  # type: ignore[arg-type]
+    weight, bias, mean, var = (norm._buffers[name] for name in VECTORS)
+    return BatchNorm(weight, bias, mean, var, eps=_frozen_eps(norm) or TINY, training=False)  # type: ignore[arg-type]
 
 
 def _name(module: nn.Module) -> str:

@@ -1,7 +1,8 @@
-"""The ResNet of Hugging Face's transformers."""
+"""The ResNets of Hugging Face's transformers: its own, and RT-DETR's with the deep stem and pooled shortcuts."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .children import Obstacle, is_untouched
 from .fused import FusedBlock, FusedStem
-from .residual import Residual, Step, gather_for, run
+from .residual import Residual, Step, calls, gather_for, run
 
 
 class HuggingFaceBlock(FusedBlock):
@@ -24,20 +25,19 @@ class HuggingFaceBlock(FusedBlock):
             if not layer:
                 return Obstacle(f"{type(unit).__name__} is no plain ResNetConvLayer")
             branch += layer
-        shortcut: Any = self.shortcut
-        steps: tuple[Step, ...] = (shortcut,)
-        if type(shortcut).__name__ == "ResNetShortCut" and is_untouched(shortcut, type(shortcut)):
-            steps = (shortcut.convolution, shortcut.normalization)
-        return Residual(tuple(branch), steps, self.activation)  # type: ignore[arg-type]
+        shortcut = [call for step in calls((self.shortcut,)) for call in _opened(step)]  # type: ignore[arg-type]
+        return Residual(tuple(branch), tuple(shortcut), self.activation)  # type: ignore[arg-type]
 
 
 class HuggingFaceStem(FusedStem):
-    """Its ResNetEmbeddings: a 7x7 convolution and the pooling."""
+    """Its ResNetEmbeddings: a 7x7 convolution, or three of 3x3, and the pooling."""
 
     def stem(self) -> Sequence[Step] | Obstacle:
         children: dict[str, Any] = self._modules
-        layer = _unit(children["embedder"])
-        return (*layer, children["pooler"]) if layer else Obstacle("its embedder is no plain ResNetConvLayer")
+        layers = [_unit(unit) for unit in calls((children["embedder"],))]  # type: ignore[arg-type]
+        if not all(layers):
+            return Obstacle("its embedder is no plain ResNetConvLayer")
+        return (*itertools.chain(*layers), children["pooler"])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         stem = gather_for(pixel_values, self.stem())
@@ -48,14 +48,26 @@ class HuggingFaceStem(FusedStem):
 
 def _unit(module: nn.Module) -> list[Step]:
     """What a ResNetConvLayer calls; nothing where it is something else."""
-    if type(module).__name__ != "ResNetConvLayer" or not is_untouched(module, type(module)):
+    if type(module).__name__ not in UNITS or not is_untouched(module, type(module)):
         return []
     return [module.convolution, module.normalization, module.activation]  # type: ignore[list-item]
 
 
-_RESNET = "transformers.models.resnet.modeling_resnet"
+def _opened(step: Step) -> list[Step]:
+    """What a step of the shortcut calls, if that is its projection."""
+    if type(step).__name__ not in SHORTCUTS or not is_untouched(step, type(step)):  # type: ignore[arg-type]
+        return [step]
+    return [step.convolution, step.normalization]  # type: ignore[attr-defined]
+
+
+UNITS = {"ResNetConvLayer", "RTDetrResNetConvLayer"}
+SHORTCUTS = {"ResNetShortCut", "RTDetrResNetShortCut"}
 MIXINS = {
-    f"{_RESNET}.ResNetBasicLayer": HuggingFaceBlock,
-    f"{_RESNET}.ResNetBottleNeckLayer": HuggingFaceBlock,
-    f"{_RESNET}.ResNetEmbeddings": HuggingFaceStem,
+    f"transformers.models.{file}{name}": mixin
+    for file in ("resnet.modeling_resnet.", "rt_detr.modeling_rt_detr_resnet.RTDetr")
+    for name, mixin in (
+        ("ResNetBasicLayer", HuggingFaceBlock),
+        ("ResNetBottleNeckLayer", HuggingFaceBlock),
+        ("ResNetEmbeddings", HuggingFaceStem),
+    )
 }

@@ -24,6 +24,8 @@ from .residual import RELU, Residual, Step, gather
 NORMS = ("bn{}", "norm{}")
 ACTIVATIONS = ("relu{}", "act{}", "relu", "act", "activation")
 SHORTCUTS = ("downsample", "shortcut")
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GEOMETRY = {*nn.Conv2d.__constants__, "transposed"}
 IMAGES = {True: (2, 13, 14), False: (1, 14, 34)}
 """Batch, height and width of the trials in training and in evaluation: odd and even, small and wide."""
 PLAIN = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
@@ -40,7 +42,7 @@ class StructuralBlock(FusedBlock):
 
     def residual(self) -> Residual | Obstacle:
         for name, value in getattr(self, "proven", ()):
-            if getattr(self, name, None) != value:
+            if _read(self, name) != value:
                 return Obstacle(f"its {name} is another than when it was converted", passing=True)
         children: dict[str, Any] = self._modules
         explained = set()
@@ -56,6 +58,8 @@ class StructuralBlock(FusedBlock):
         branch: list[Step | None] = []
         for i in range(1, count + 1):
             conv = child(("conv{}",), i)
+            if others := _unexplained(conv):
+                return Obstacle(f"its conv{i} has {others} besides a normalisation", passing=True)
             owned = conv._modules.get("norm")
             branch += [conv, owned if owned is not None else child(NORMS, i)]
             activation = child(ACTIVATIONS, i)
@@ -65,34 +69,90 @@ class StructuralBlock(FusedBlock):
         shortcut = child(SHORTCUTS)
         steps: tuple[Step | None, ...] = (shortcut,)
         if isinstance(shortcut, nn.Conv2d):
+            if others := _unexplained(shortcut):
+                return Obstacle(f"its shortcut has {others} besides a normalisation", passing=True)
             steps = (shortcut, shortcut._modules.get("norm"))
             obstacle = gather(steps, type(shortcut))
             if isinstance(obstacle, Obstacle):
                 return obstacle
-        others = [name for name, module in children.items() if name not in explained and module is not None]
-        if others:
-            return Obstacle(f"its structure does not tell what {', '.join(others)} does")
+        unknown = [name for name, module in children.items() if name not in explained and module is not None]
+        if unknown:
+            return Obstacle(f"its structure does not tell what {', '.join(unknown)} does")
         return Residual(tuple(branch), steps, activation, type(children["conv1"]))
 
     def forward(self, *image: Tensor, **named: Tensor) -> Tensor:  # by the name that the block's own forward gives it
         return super().forward(*image, *named.values())
 
 
+def _unexplained(conv: nn.Module) -> str:
+    """The children that ``conv`` has besides the normalisation it may own: an activation, for one."""
+    return ", ".join(name for name, child in conv._modules.items() if name != "norm" and child is not None)
+
+
 def is_candidate(module: nn.Module) -> bool:
-    """``module`` has at least two convolutions of its own, named as the blocks of a ResNet name them."""
+    """``module`` looks like a residual block: the names of a ResNet's, or convolutions beside a place for a shortcut.
+
+    What holds such blocks, or one part with convolutions beside that place, is a stage.
+    """
+    if _has_names(module):
+        return True
+    places = [{**vars(module), **module._modules}.get(name, False) for name in SHORTCUTS]
+    if not any(p is None or isinstance(p, nn.Module) for p in places):
+        return False
+    parts = _parts(module).values()
+    return len(parts) > 1 and not any(is_candidate(inner) for part in parts for inner in part.modules())
+
+
+def _has_names(module: nn.Module) -> bool:
     return all(isinstance(module._modules.get(name), nn.Conv2d) for name in ("conv1", "conv2"))
 
 
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The children, the shortcut left away, that are or hold convolutions."""
+    children = {name: child for name, child in module.named_children() if name not in SHORTCUTS}
+    return {name: child for name, child in children.items() if any(isinstance(m, CONVS) for m in child.modules())}
+
+
+def _strange_part(block: nn.Module) -> Obstacle | None:
+    """What of ``block`` is no convolution that a ResNet's block has."""
+    if _has_names(block):
+        return None
+    for name, part in _parts(block).items():
+        if not isinstance(part, nn.Conv2d):
+            return Obstacle(f"its {name} is a {type(part).__name__} and no plain convolution")
+    return Obstacle("its convolutions are not named conv1, conv2")
+
+
 def settings(block: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of ``block`` and of its class: what else its forward may read."""
+    """The plain attributes of ``block`` and of its class: what else its forward may read.
+
+    Those of convolutions with a forward of their own, too, their geometry left away: dotted names.
+    """
+    found = _settings(block)
+    for name, conv in block._modules.items():
+        if isinstance(conv, nn.Conv2d) and type(conv) is not nn.Conv2d:
+            own = {"activation": None} | _settings(conv)
+            found |= {f"{name}.{key}": value for key, value in own.items() if key not in GEOMETRY}
+    return tuple(found.items())
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for kind in reversed(type(block).__mro__):
+    for kind in reversed(type(module).__mro__):
         if not issubclass(nn.Module, kind):
             found |= {name: value for name, value in vars(kind).items() if not callable(value)}
-    found |= vars(block)
+    found |= vars(module)
     state = vars(nn.Module()).keys()
     names = [name for name in found if name not in state and not name.startswith("__")]
-    return tuple((name, found[name]) for name in names if _is_plain(found[name]))
+    return {name: found[name] for name in names if _is_plain(found[name])}
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    """The attribute of that name, dotted for a child's; None where it is not."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _is_plain(value: object) -> bool:
@@ -109,6 +169,9 @@ def why_not(block: nn.Module) -> Obstacle | None:
 
 
 def _why_not(block: nn.Module) -> Obstacle | None:
+    strange = _strange_part(block)
+    if strange is not None:
+        return strange
     described = StructuralBlock.residual(block)  # type: ignore[arg-type]
     if isinstance(described, Obstacle):
         return described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
+from fused_resnet.families.children import norm_reader
 from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
 
 transformers = pytest.importorskip("transformers")
+from transformers.models.detr import modeling_detr  # noqa: E402
 from transformers.models.resnet import modeling_resnet  # noqa: E402
 
 pytestmark = in_interpreter
@@ -86,3 +89,105 @@ def test_a_subclass_is_kept() -> None:
 
     report = fr.convert(nn.Sequential(Mine(8, 8)))
     assert "Mine is a subclass of" in reasons(report)["0"] and not report.converted
+
+
+def rt_detr_config(**options: Any) -> Any:
+    small = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
+    return transformers.RTDetrResNetConfig(**small | options)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "basic"])
+def test_rt_detrs_resnet(kind: str) -> None:
+    """Three convolutions in the stem, an average pool before the projection."""
+    model = drawn(transformers.RTDetrResNetBackbone(rt_detr_config(layer_type=kind, out_features=["stage1", "stage2"])))
+    ours = copy.deepcopy(model)
+    report = fr.convert(ours)
+    assert {name: part for name, part in report.fused_now if part != "one operation"} == {
+        "embedder": "fused around MaxPool2d"
+    }
+    assert len(report.fused_now) == 4 and not report.kept
+    x = image(size=32)
+    with fr.record_launches() as launches:
+        mine, other = (net(x).feature_maps for net in (ours, model))
+    assert launches
+    for out, expected in zip(mine, other, strict=True):
+        torch.testing.assert_close(out, expected)
+    for maps in (mine, other):
+        sum(out.square().sum() for out in maps).backward()
+    for p, q in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+# ---------------------------------------------------------------- DETR's backbones, whose norms are frozen
+
+
+def frozen_norms() -> list[type[nn.Module]]:
+    """transformers' FrozenBatchNorm2d, which every detector of its copies."""
+    models = Path(transformers.models.__file__).parent
+    files = [file for file in models.glob("*/modeling_*.py") if "FrozenBatchNorm2d(nn.Module)" in file.read_text()]
+    modules = (importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}") for file in files)
+    return [kind for module in modules for name, kind in vars(module).items() if name.endswith("FrozenBatchNorm2d")]
+
+
+@quick
+def test_every_copy_of_the_frozen_norm_is_read_as_it_computes() -> None:
+    """By the eps that stands in its forward."""
+    found = frozen_norms()
+    assert {"DetrFrozenBatchNorm2d", "ConditionalDetrFrozenBatchNorm2d", "DeformableDetrFrozenBatchNorm2d"} <= {
+        kind.__name__ for kind in found
+    }
+    for kind in found:
+        norm = drawn(kind(3))
+        norm.running_var.mul_(1e-5)  # as small as the eps
+        read = norm_reader(norm)(norm)
+        x = image(channels=3, size=4)
+        expected = torch.nn.functional.batch_norm(
+            x, read.running_mean, read.running_var, read.weight, read.bias, eps=read.eps
+        )
+        torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("source", ["transformers", "timm"])
+@pytest.mark.parametrize("early", [True, False], ids=["converted, then frozen", "frozen, then converted"])
+def test_a_backbone_whose_norms_detr_froze(source: str, early: bool) -> None:
+    if source == "timm":
+        theirs = pytest.importorskip("timm").create_model("test_resnet", features_only=True, out_indices=(2, 4))
+    else:
+        theirs = transformers.ResNetBackbone(config(out_features=["stage1", "stage2"]))
+    theirs = drawn(theirs)
+    ours = copy.deepcopy(theirs)
+    if early:
+        fr.convert(ours)
+    for model in (ours, theirs):
+        modeling_detr.replace_batch_norm(model)
+        model.double()
+    report = fr.convert(ours)
+    assert len(report.fused_now) == (4 if source == "timm" else 3) and not report.kept
+    same(ours, theirs, image(size=16))
+
+
+@quick
+def test_detr_itself() -> None:
+    backbone = config(out_features=["stage2"])
+    model = (
+        transformers.DetrModel(
+            transformers.DetrConfig(
+                backbone_config=backbone,
+                d_model=8,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=8,
+                decoder_ffn_dim=8,
+                num_queries=4,
+            )
+        )
+        .eval()
+        .double()
+    )
+    x = image(size=32)
+    expected = model(x).last_hidden_state
+    report = fr.convert(model)
+    assert len(report.fused_now) == 3 and not report.kept
+    torch.testing.assert_close(model(x).last_hidden_state, expected)

@@ -282,9 +282,78 @@ def test_edits_after_conversion() -> None:
         block.shortcut.stride = (1, 1)
         block.conv1.norm.eps = 0.5
     same(ours, theirs, image(6, 8))
-    for block in (ours, theirs):
-        block.conv1.add_module("after", nn.Identity())  # not of the block's own children: nothing changes
-    same(ours, theirs, image(6, 8))
     ours.add_module("another", nn.Identity())
     theirs.add_module("another", nn.Identity())
     same(ours, theirs, image(6, 8), fused=False)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv3", "shortcut"])
+@pytest.mark.parametrize("activation", [F.silu, nn.SiLU()], ids=["function", "module"])
+def test_an_activation_given_later_to_a_convolution_that_owns_its_norm(name: str, activation: object) -> None:
+    ours, theirs = drawn(OwningBlock(6, 3, 8, 2, False)), drawn(OwningBlock(6, 3, 8, 2, False))
+    ours.load_state_dict(theirs.state_dict())
+    fr.convert(ours)
+    for value, fused in ((activation, False), (None, True)):
+        for block in (ours, theirs):
+            getattr(block, name).activation = value
+        same(ours, theirs, image(6, 8), fused)
+
+
+class Scaling(OwningConv):
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+def test_a_setting_of_a_convolution_that_changes_later() -> None:
+    def block() -> nn.Module:
+        made = OwningBlock(6, 3, 6, 1, False)
+        made.conv1, made.conv2, made.conv3 = (
+            Scaling(ci, co, 1, bias=False, norm=nn.BatchNorm2d(co)) for ci, co in ((6, 3), (3, 3), (3, 6))
+        )
+        return drawn(made)
+
+    ours, theirs = block(), block()
+    ours.load_state_dict(theirs.state_dict())
+    assert fr.convert(ours).fused_now == [("", "one operation")]
+    for made in (ours, theirs):
+        made.conv2.factor = 0.5
+    same(ours, theirs, image(6, 8), fused=False)
+    assert "conv2.factor is another" in dict(fr.convert(ours).converted)[""]
+
+
+class Split(nn.Module):
+    """A residual block none of whose parts is a convolution named as a ResNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6))
+        self.second = nn.Conv2d(6, 6, 1)
+        self.downsample = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + x
+
+
+class Unnamed(Split):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(6, 6, 1)
+
+
+class Stage(nn.Module):
+    """What ConvNeXt calls a stage: the place for a shortcut is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = nn.Conv2d(6, 6, 1)
+        self.blocks = nn.Sequential(Home(), Home())
+
+
+def test_blocks_of_other_parts_are_named_with_a_reason() -> None:
+    said = reasons(fr.convert(nn.Sequential(Split(), Unnamed(), Stage())))
+    assert said == {
+        "0": "its first is a Sequential and no plain convolution",
+        "1": "its convolutions are not named conv1, conv2",
+    }

@@ -122,11 +122,27 @@ def test_features_only() -> None:
 @quick
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("dla34", "its forward takes more than one argument"), ("resnetv2_50", "does not tell what drop_path does")],
+    [
+        ("dla34", "its forward takes more than one argument"),
+        ("resnetv2_50", "does not tell what drop_path does"),
+        ("regnetx_002", "its conv1 is a ConvNormAct"),
+        ("gernet_s", "is a ConvNormAct and no plain convolution"),
+    ],
 )
 def test_other_families_of_timm(name: str, reason: str) -> None:
     report = fr.convert(timm.create_model(name, device="meta"))
     assert not report.converted and {reason in why for why in reasons(report).values()} == {True}
+
+
+@quick
+@pytest.mark.parametrize("name", ["res2net50d", "skresnet18", "skresnet50d", "resnest14d", "resnest50d_4s2x40d"])
+def test_no_residual_block_is_passed_over_in_silence(name: str) -> None:
+    """Those of resnet.py's siblings, whose parts are others: the stem is fused, every block kept with a reason."""
+    model = timm.create_model(name, device="meta")
+    blocks = {name for name, module in model.named_modules() if hasattr(module, "downsample")}
+    report = fr.convert(model)
+    assert [name for name, _ in report.converted] == [""] and reasons(report).keys() == blocks
+    assert all(why.endswith("no plain convolution") for why in reasons(report).values())
 
 
 @quick
