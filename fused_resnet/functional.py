@@ -5,8 +5,8 @@ Activations are [N, C, H, W] in float16, bfloat16 or float32 (float64 in Triton'
 [C]. Every operation computes what ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``relu`` compute in a row (Ioffe and Szegedy
 2015, arXiv 1502.03167; He et al. 2015, arXiv 1512.03385), in channels_last memory where the input or a weight has it,
 and updates the running statistics in place in training. Under torch.func's transforms, forward-mode differentiation and
-``torch.jit.trace`` plain PyTorch runs. Bad input raises ``ValueError`` or ``TypeError`` before
-anything is updated.
+``torch.jit.trace`` plain PyTorch runs, and ``torch.export`` writes it for sizes that are left open. Bad input raises
+``ValueError`` or ``TypeError`` before anything is updated.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from . import plain
 from .arguments import (
@@ -136,7 +137,7 @@ def bn_add_relu(
             return _add(bn_add_relu(y, bn, relu=False, route=route), residual, relu)
     if bn.training:
         check_count(tuple(y.shape))
-    request = _request(route)
+    request = _request(route, y)
     elements = prod(_size(y, request))
     sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), elements, request.route)
     if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
@@ -164,7 +165,7 @@ def stem(
     conv = Conv(weight, _pair(stride), _pair(padding))
     dtype = compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
-    request = _request(route)
+    request = _request(route, x)
     keep = _needs_grad(x, *_parameters((conv, bn)))
     text, planned, reason = preflight.chain_plan_text(
         x.device,
@@ -238,7 +239,7 @@ def conv_bn_chain(
     for _, bn in everything:
         if bn.training != training:
             return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
-    request = _request(route)
+    request = _request(route, x)
     text, planned, reason = preflight.chain_plan_text(
         device,
         _dtype_name(dtype),
@@ -371,13 +372,20 @@ def _momentum(bn: BatchNorm) -> float:
 _said: set[str] = set()
 
 
-def _request(route: str | None) -> RouteRequest:
+def _request(route: str | None, x: Tensor) -> RouteRequest:
     request = requested() if route is None else RouteRequest(check_route(route), strict=True)
-    return RouteRequest("reference") if not request.strict and _is_transformed() else request
+    return RouteRequest("reference") if not request.strict and _needs_plain(x) else request
 
 
-def _is_transformed() -> bool:
-    """Whether something needs operations that it knows: ours have no rule for vmap and jvp, and plans for one size."""
+def _needs_plain(x: Tensor) -> bool:
+    """Whether something needs operations that it knows: ours have no rule for vmap and jvp, and plans for one size.
+
+    So has what ``torch.export`` writes of an ``x`` with a size that is left open.
+    """
+    if torch.compiler.is_exporting():
+        for size in x.shape:
+            if not has_static_value(size):
+                return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 

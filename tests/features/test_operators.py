@@ -223,16 +223,62 @@ def test_export(training: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_export_belongs_to_one_size_and_says_so() -> None:
-    """Plans belong to a size: a batch left open is refused at export, and another size afterwards."""
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {0: torch.export.Dim.DYNAMIC},
+        {0: torch.export.Dim("batch", min=2, max=8)},
+        dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),
+    ],
+    ids=["dynamic", "named", "all of them, if it can"],
+)
+def test_export_of_sizes_left_open(sizes: dict[int, Any], strict: bool, training: bool) -> None:
+    """Plans belong to a size: the program holds plain operations, and computes what the module does."""
+    net = nn.Sequential(small(), nn.Unflatten(1, (3, 1, 1)), fr.BNAddReLU(3), fr.ConvBNReLU(3, 2, 1)).double()
+    net.train(training)
+    x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    program = torch.export.export(net, (x,), dynamic_shapes=(sizes,), strict=strict)
+    assert not any("fused_resnet" in str(node.target) for node in program.graph.nodes)
+    exported = program.module()
+    for n in (5, 2):
+        x = torch.randn(n, 3, *((16, 20) if 2 in sizes else (12, 12)), dtype=torch.float64)
+        torch.testing.assert_close(exported(x), net(x))
+    for name, b in exported.named_buffers():
+        torch.testing.assert_close(b, net.get_buffer(name))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_belongs_to_one_size_where_that_is_given(strict: bool) -> None:
+    """Another size is refused, and so is an open one where our operators are insisted on."""
     net, x = small().eval(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    with pytest.raises(Exception, match=r"(?s)batch.*(constant|specializ|Constraints violated)"):
-        torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=8)},))
     with pytest.raises((RuntimeError, AssertionError)):
-        torch.export.export(net, (x,)).module()(x[:1])
-    with fr.use_route("reference"):
-        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=8)},))
-    torch.testing.assert_close(program.module()(x[:1].expand(5, -1, -1, -1)), net(x[:1].expand(5, -1, -1, -1)))
+        torch.export.export(net, (x,), strict=strict).module()(x[:1])
+    with fr.use_route("staged", strict=True), pytest.raises(Exception, match=r"(?s)(constant|specializ|Constraints)"):
+        torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="no torch.compile here")
+@pytest.mark.parametrize("route", ["auto", "reference"])
+def test_a_batch_that_is_marked_as_dynamic(route: str) -> None:
+    """One graph for all sizes there is of plain PyTorch alone; for our operators the compiler says what it wants."""
+    block = fr.BasicBlock(4, 4).double()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    marks = [torch._dynamo.maybe_mark_dynamic, *([torch._dynamo.mark_dynamic] if route == "reference" else [])]
+    with fr.use_route(route):
+        for mark in marks:
+            for n in (2, 5):
+                x = torch.randn(n, 4, 5, 4, dtype=torch.float64)
+                mark(x, 0)
+                assert torch.equal(compiled(x), block(x))
+            torch._dynamo.reset()
+        if route == "auto":
+            torch._dynamo.mark_dynamic(x := torch.randn(2, 4, 5, 4, dtype=torch.float64), 0)
+            with pytest.raises(Exception, match="use maybe_mark_dynamic"):
+                compiled(x)
 
 
 @pytest.mark.usefixtures("fresh")
