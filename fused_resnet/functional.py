@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from operator import index
 from typing import Any, TypeGuard
@@ -182,7 +183,7 @@ def stem(
     )
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
         plain.count_batch(bn)
-        return torch.nn.functional.max_pool2d(plain.layer(x, conv, bn, None, True), 3, 2, 1)
+        return torch.nn.functional.max_pool2d(plain.layer(x, (conv, bn), None, True), 3, 2, 1)
     channels_last = is_channels_last(x) or is_channels_last(weight)
     plain.count_batch(bn)
     out = stem_op.stem(text, _momentum(bn), bn.eps, nhwc(x.to(dtype)), weight, *_bn_tensors(bn))
@@ -238,7 +239,7 @@ def conv_bn_chain(
     training = everything[0][1].training
     for _, bn in everything:
         if bn.training != training:
-            return _layer_by_layer(x, layers, projection, residual, kind, relu, route)
+            return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
     request = _request(route, x)
     text, planned, reason = preflight.chain_plan_text(
         device,
@@ -275,23 +276,9 @@ def conv_bn_chain(
     return out if channels_last else out.contiguous()
 
 
-def _layer_by_layer(
-    x: Tensor,
-    layers: Sequence[Layer],
-    projection: Layer | None,
-    residual: Tensor | None,
-    kind: str,
-    relu: bool,
-    route: str | None,
-) -> Tensor:
-    """Layers of which only some have frozen statistics: one fused operation each."""
-    if projection is not None:
-        residual = conv_bn_chain(x, (projection,), relu=False, route=route)
-    elif kind == "identity":
-        residual = x
-    for layer in layers[:-1]:
-        x = conv_bn_chain(x, (layer,), route=route)
-    return conv_bn_chain(x, (layers[-1],), residual=residual, relu=relu, route=route)
+def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:
+    """One fused operation for a layer: of layers of which only some have frozen statistics."""
+    return conv_bn_chain(x, (layer,), residual=residual, relu=relu, route=route)
 
 
 # ---------------------------------------------------------------- small questions

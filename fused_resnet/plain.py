@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import BatchNorm, Conv, Layer
+from .arguments import BatchNorm, Layer
 from .reference import ops
 
 
@@ -20,17 +20,30 @@ def chain(
     relu: bool,
 ) -> Tensor:
     count_batch(*(bn for _, bn in (*layers, *([projection] if projection else []))))
-    a = x
-    for conv, bn in layers[:-1]:
-        a = layer(a, conv, bn, None, True)
+    return walk(layer, x, layers, projection, residual, kind, relu)
+
+
+def walk(
+    step: Callable[[Tensor, Layer, Tensor | None, bool], Tensor],
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    residual: Tensor | None,
+    kind: str,
+    relu: bool,
+) -> Tensor:
+    """A chain by ``step(x, layer, residual, relu)``, layer after layer."""
     if projection is not None:
-        residual = layer(x, *projection, None, False)
+        residual = step(x, projection, None, False)
     elif kind == "identity":
         residual = x
-    return layer(a, *layers[-1], residual, relu)
+    for each in layers[:-1]:
+        x = step(x, each, None, True)
+    return step(x, layers[-1], residual, relu)
 
 
-def layer(x: Tensor, conv: Conv, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+def layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool) -> Tensor:
+    conv, bn = layer
     y = torch.nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return bn_act(y, bn, residual, relu)
 

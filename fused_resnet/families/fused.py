@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .children import Obstacle, Unscriptable
 from .residual import Residual, Step, run_residual, summary
@@ -57,7 +56,7 @@ class FusedBlock(Fused):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        described = Obstacle("traced by fx") if isinstance(x, Proxy) else self.residual()
+        described = self.residual()
         if isinstance(described, Residual):
             out = run_residual(described, x, widens=self.widens, recompute=self.recompute, keep=self.keep)
             if isinstance(out, Tensor):

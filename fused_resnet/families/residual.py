@@ -91,11 +91,13 @@ def gather(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> l
     return gathered
 
 
-def gather_for(x: object, steps: Sequence[Step | None] | Obstacle) -> list[Layers | Step] | Obstacle:
+def gather_for(
+    x: object, steps: Sequence[Step | None] | Obstacle, conv: type[nn.Conv2d] = nn.Conv2d
+) -> list[Layers | Step] | Obstacle:
     """What :func:`gather` makes of ``steps`` for the data ``x``; a proxy of fx is none: its tracer wants the calls."""
     if isinstance(x, Proxy):
         return Obstacle("traced by fx")
-    return steps if isinstance(steps, Obstacle) else gather(steps)
+    return steps if isinstance(steps, Obstacle) else gather(steps, conv)
 
 
 def run(gathered: Sequence[Layers | Step], x: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def run_residual(block: Residual, x: Tensor, *, widens: bool = False, **options:
 
     The output has the branch's dtype, as that of the families, which add in place; ``widens``: it has the sum's.
     """
-    branch = gather(block.branch, block.conv)
+    branch = gather_for(x, block.branch, block.conv)
     if isinstance(branch, Obstacle):
         return branch
     last = branch[-1] if branch else None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from tests.conftest import INTERPRETED
@@ -15,6 +16,29 @@ from tests.eager import agree
 
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
 Results = dict[str, "Tensor | None"]
+
+
+class Home(nn.Module):
+    """A block of nobody's family, with whatever a test needs."""
+
+    factor = 1.0
+    with_cp = False
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp:
+            return self.act(self.factor * checkpoint(self.branch, x, use_reentrant=False) + x)
+        return self.act(self.factor * self.branch(x) + x)
 
 
 def drawn(model: nn.Module) -> nn.Module:

@@ -15,32 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from fused_resnet.families import structural
-from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
+from tests.convert.beside import Home, converted, drawn, image, in_interpreter, reasons, same
 
 pytestmark = [pytest.mark.quick, in_interpreter]
-
-
-class Home(nn.Module):
-    """A block of nobody's family, with whatever an attack needs."""
-
-    factor = 1.0
-    with_cp = False
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU()
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp:
-            return self.act(self.factor * checkpoint(self.branch, x, use_reentrant=False) + x)
-        return self.act(self.factor * self.branch(x) + x)
 
 
 # ---------------------------------------------------------------- blocks of torchvision

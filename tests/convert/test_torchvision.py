@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
+from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, results, same
+from tests.eager import agree
+from tests.features.test_step_aside import EDITS as MORE_EDITS
+from tests.modules.test_blocks import EDITS as CHILD_EDITS
 
 detection = pytest.importorskip("torchvision.models.detection.backbone_utils")
 from torchvision.models import resnet  # noqa: E402
@@ -79,6 +83,28 @@ def test_deeplabs_edits_after_conversion() -> None:
         block.downsample[0].stride = (1, 1)
         block.bn2.eps, block.bn2.momentum = 1e-2, 0.5
     same(ours, theirs, image(8, 7))
+
+
+EDITS: dict[str, Callable[[nn.Module], object]] = {
+    **{name: edit for name, (edit, _) in MORE_EDITS.items() if name != "padding by name"},
+    **{f"{name} of a child": edit for name, edit in CHILD_EDITS.items() if name != "circular padding"},
+}
+
+
+@quick
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_after_the_conversion_equals_eager(name: str) -> None:
+    """And both ways: what the block is given back after ``revert`` has the edit, too."""
+    ours, theirs = (drawn(resnet.Bottleneck(12, 3, 1, projection(12, 12, 1))) for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    fr.convert(ours)
+    for block in (ours, theirs):
+        torch.manual_seed(5)
+        EDITS[name](block)
+    x = image(12, 6)
+    agree(results(ours, x), results(theirs, x))
+    assert fr.revert(ours).converted and type(ours) is resnet.Bottleneck
+    same(ours, theirs, x, fused=False)
 
 
 @quick

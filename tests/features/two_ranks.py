@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fused_resnet as fr
 from fused_resnet import reference
+from tests.convert.beside import Home
 
 RANKS = 2
 
@@ -235,21 +236,6 @@ def norms_without_synchronisation(rank: int) -> None:
 # ---------------------------------------------------------------- conversion
 
 
-class Block(nn.Module):
-    """A block of nobody's family."""
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
-
-
 def convert(net: nn.Module) -> fr.Report:
     return fr.convert(net)
 
@@ -260,12 +246,15 @@ def shard(net: nn.Module) -> None:
 
 
 CONVERSIONS: dict[tuple[Callable[[nn.Module], Any], ...], tuple[str, bool]] = {
-    (convert, shard): ("FSDPFusedBlock", False),
-    (convert, shard, convert): ("FSDPFusedBlock", False),
-    (convert, shard, fr.revert): ("FSDPFusedBlock", True),  # what FSDP made of the class is FSDP's to undo
-    (convert, fr.revert, shard): ("FSDPBlock", False),
-    (shard, convert): ("FSDPBlock", True),
-    (shard, convert, fr.revert): ("FSDPBlock", False),
+    (convert, shard): ("FSDPFusedHome", False),
+    (convert, shard, convert): ("FSDPFusedHome", False),
+    (convert, shard, fr.revert): ("FSDPFusedHome", True),  # what FSDP made of the class is FSDP's to undo
+    (convert, fr.revert, shard): ("FSDPHome", False),
+    (fr.revert, convert, shard): ("FSDPFusedHome", False),
+    (fr.revert, shard, convert): ("FSDPHome", True),
+    (shard, convert): ("FSDPHome", True),
+    (shard, fr.revert, convert): ("FSDPHome", True),
+    (shard, convert, fr.revert): ("FSDPHome", False),
 }
 """What is done to a network, in order; the class that its block then has, and whether the last report keeps it."""
 
@@ -274,7 +263,7 @@ def conversions(rank: int) -> None:
     """``convert``, ``fully_shard`` and ``revert`` in every order: gradients as of the plain network, true reports."""
     for steps, (name, kept) in CONVERSIONS.items():
         torch.manual_seed(0)
-        theirs = nn.Sequential(Block(), nn.Flatten()).double()
+        theirs = nn.Sequential(Home(), nn.Flatten()).double()
         ours = copy.deepcopy(theirs)
         report = [action(ours) for action in steps][-1]
         assert type(ours[0]).__name__ == name, (steps, type(ours[0]))
@@ -294,7 +283,7 @@ def converted_under_ddp(rank: int) -> None:
     """``convert`` and ``revert`` before and after ``DistributedDataParallel`` took the network."""
     for early in (True, False):
         torch.manual_seed(0)
-        theirs = nn.Sequential(Block(), nn.Flatten()).double()
+        theirs = nn.Sequential(Home(), nn.Flatten()).double()
         ours = copy.deepcopy(theirs)
         if early:
             fr.convert(ours)
