@@ -128,6 +128,11 @@ class DryDevice(Device):
         return {"gpu": "dry run on the CPU", "capability": "0.0", **versions()}
 
 
+def commit() -> str:
+    """What is measured: the environment's ``FUSED_RESNET_COMMIT``, or this checkout's; "" where nobody knows."""
+    return os.environ.get("FUSED_RESNET_COMMIT") or _output(["git", "rev-parse", "--short=12", "HEAD"])
+
+
 def versions() -> dict[str, Any]:
     """What the figures were taken with."""
     import platform
@@ -138,7 +143,7 @@ def versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": os.environ.get("FUSED_RESNET_COMMIT") or _output(["git", "rev-parse", "--short=12", "HEAD"]),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpus": os.cpu_count(),
     }

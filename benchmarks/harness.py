@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .device import ROOT, Device, DryDevice
+from .device import ROOT, Device, DryDevice, commit
 
 STAGES = {
     "facts": (1.0, 40),
@@ -270,6 +270,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if not options.dry and not torch.cuda.is_available():
         parser.error("this machine has no GPU that PyTorch sees; --dry rehearses on the CPU")
+    if not options.dry and not commit():
+        parser.error("a record has to name the commit that was measured, and this is no git checkout: "
+                     "name it by FUSED_RESNET_COMMIT=<commit>")  # fmt: skip
     budgets = {name: float(m) for name, _, m in (part.partition("=") for part in options.stage_minutes.split(",")) if m}
     options.out.mkdir(parents=True, exist_ok=True)
     until = time.time()

@@ -28,6 +28,8 @@ def ship(source: Path, folder: Path = TUNED) -> Path:
     document = json.loads(source.read_text())
     if document.get("version") != VERSION or not document.get("entries"):
         raise SystemExit(f"{source} holds no table of version {VERSION}")
+    if not document["facts"].get("commit"):
+        raise SystemExit(f"{source} does not say at which commit it was measured; measure again")
     table = shipped(document)
     target = folder / f"{gpu_slug(document['gpu'])}.json"
     before = harness.read(target) or {}

@@ -168,7 +168,7 @@ def _entry(context: Context, case: ConvCase, t: Any, best: GemmConfig | None, ti
         "passes_us": round(case.passes_bytes() / (0.9 * context.ceilings["bytes_per_s"]) * 1e6, 2),
         "floor_us": round(floor_us(context.ceilings, nbytes, flops), 2),
         "before_us": before,
-        "source": f"{str(facts.get('date', ''))[:10]}, {facts.get('commit')}, triton {facts.get('triton')}",
+        "source": ", ".join(filter(None, (str(facts["date"])[:10], facts["commit"], f"triton {facts['triton']}"))),
     }
 
 

@@ -177,7 +177,7 @@ def test_shipping_keeps_what_was_measured_before(tmp_path: Path) -> None:
     document = {
         "version": tables.VERSION,
         "gpu": "NVIDIA H100 80GB HBM3",
-        "facts": {"torch": "2.11", "cpus": 16},
+        "facts": {"torch": "2.11", "cpus": 16, "commit": "abc"},
         "results": {"noise": {}},
         "entries": {"one": {"fprop": entry}},
     }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, problems
-from benchmarks.device import DryDevice
+from benchmarks import harness, problems, script
+from benchmarks.device import ROOT, DryDevice
 from benchmarks.stages import models
 from fused_resnet.plan import store, tables, target
 
@@ -93,6 +97,35 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         harness.main(["--only", "facts,flops", "--dry"])
     assert "no stage flops" in capsys.readouterr().err
+
+
+def test_a_measurement_of_no_known_commit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(harness, "commit", lambda: "")
+    with pytest.raises(SystemExit):
+        harness.main([])
+    assert "FUSED_RESNET_COMMIT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tune", "gpu_check", "report"])
+def test_a_python_without_pytorch_is_told_so_in_a_sentence(name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-S", f"scripts/{name}"]  # without site-packages
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(rf"scripts/{name}: this Python .* has no \w+; `scripts/setup bench` .*\n", done.stderr)
+
+
+def test_a_command_that_is_stopped_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "a_command", SimpleNamespace(main=main))
+    with pytest.raises(SystemExit) as stopped:
+        script.run("a_command", "a_command")
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\nscripts/a_command: stopped\n"
 
 
 class TestTenMinutes:

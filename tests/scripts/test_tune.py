@@ -148,7 +148,7 @@ def test_the_command_fits_its_time_prints_each_result_and_goes_on(tmp_path: Path
 def test_what_is_shipped_holds_routes_too(tmp_path: Path) -> None:
     route = {"us": {"staged": 3.0, "gram": 2.0}, "source": "a test"}
     entry = {"config": None, "us": None, "vendor_us": 5.0, "passes_us": 0.0, "floor_us": 4.0, "source": "a test"}
-    document: dict[str, Any] = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {}}
+    document: dict[str, Any] = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {"commit": "abc"}}
     document |= {"entries": {"one": {"fprop": entry}}, "routes": {"a block": route}}
     source = tmp_path / "tuned.json"
     source.write_text(json.dumps(document))
@@ -158,3 +158,21 @@ def test_what_is_shipped_holds_routes_too(tmp_path: Path) -> None:
     written = json.loads(ship.ship(source, tmp_path / "shipped").read_text())
     assert set(tables.parse_routes(written)) == {"a block", "another"}
     assert tables.parse(written)["one"]["fprop"].vendor_us == 5.0
+
+
+@quick
+def test_what_was_measured_at_no_known_commit_is_not_shipped(tmp_path: Path) -> None:
+    source = tmp_path / "tuned.json"
+    document = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {"commit": ""}, "entries": {"one": {}}}
+    source.write_text(json.dumps(document))
+    with pytest.raises(SystemExit, match="does not say at which commit"):
+        ship.ship(source, tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
+
+
+@quick
+def test_no_shipped_reason_has_an_empty_field() -> None:
+    entries = [entry for table in tables.TABLES.values() for passes in table.values() for entry in passes.values()]
+    sources = [entry.source for entry in entries]
+    sources += [times.source for routes in tables.ROUTES.values() for times in routes.values()]
+    assert entries and all(all(source.split(", ")) for source in sources)
