@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.explain import GLUE
+from fused_resnet.explain import GLUE, image_like
 from fused_resnet.plan.target import H100, Target
 
 from . import errors, networks
@@ -85,8 +85,8 @@ class _Inside(nn.Module):
         self.block = block
         self.scale = nn.Parameter(torch.ones(1), requires_grad=gradient)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block((x * self.scale).to(torch.bfloat16))
+    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+        return self.block(*((x * self.scale).to(torch.bfloat16) for x in xs))
 
 
 @cache
@@ -97,7 +97,8 @@ def cost(case: BlockCase | ModelCase, target: Target = H100) -> Cost:
         model = case.build(ours=True)
         model = model if isinstance(case, ModelCase) else _Inside(model, case.needs_input_gradient)
     model.to(memory_format=torch.channels_last).train(case.training)
-    found = fr.explain(model, case.input_shape, target=target, training=case.training, optimizer=case.optimizer)
+    inputs = [image_like(case.input_shape, torch.bfloat16)] * case.operands
+    found = fr.explain(model, example_input=inputs, target=target, training=case.training, optimizer=case.optimizer)
     rows, eager = ([row for row in step.rows if whole or row.name.startswith(("block", GLUE))]
                    for step in (found, found.eager))  # fmt: skip
     plan = dict.fromkeys(f"{row.route}: {row.reason}" for row in rows if row.source != "eager")
@@ -128,6 +129,11 @@ class BlockCase:
         return self.batch, self.inplanes, self.side, self.side
 
     @property
+    def operands(self) -> int:
+        """Inputs of that shape: a norm that adds takes a residual."""
+        return 2 if self.kind == "BNAddReLU" else 1
+
+    @property
     def needs_input_gradient(self) -> bool:
         """Images need none."""
         return self.training and self.kind != "Stem"
@@ -146,16 +152,19 @@ class BlockCase:
         half = not device.dry
         module = self.build(how.ours).to(device.name).to(memory_format=torch.channels_last).train(self.training)
         before = device.allocated()
-        x = image(*self.input_shape, torch.bfloat16 if half else torch.float32, device.name)
-        x.requires_grad_(self.needs_input_gradient)
+        dtype = torch.bfloat16 if half else torch.float32
+        xs = [image(*self.input_shape, dtype, device.name) for _ in range(self.operands)]
+        for x in xs:
+            x.requires_grad_(self.needs_input_gradient)
         forward = module if (options := how.options(device.dry)) is None else torch.compile(module, **options)
 
         def step(dout: torch.Tensor | None = None) -> torch.Tensor:
             module.zero_grad(set_to_none=True)
-            x.grad = None
-            autocast = torch.autocast(device.name, dtype=x.dtype) if half else nullcontext()
+            for x in xs:
+                x.grad = None
+            autocast = torch.autocast(device.name, dtype=dtype) if half else nullcontext()
             with torch.set_grad_enabled(self.training), fr.use_route(how.route, strict=how.route != "auto"), autocast:
-                out = forward(x)
+                out = forward(*xs)
             if self.training and dout is not None:
                 out.backward(dout)
             return out
@@ -179,6 +188,8 @@ class BlockCase:
             return case._check_frozen(how, device, dtype)
         if self.kind == "Stem":
             verdict = blocks.judge_stem(device, dtype)
+        elif self.kind == "BNAddReLU":
+            verdict = blocks.judge_bn_add(device, case.planes, case.side, dtype)
         else:
             shape = case.inplanes, case.planes, case.stride, case.side
             verdict = blocks.judge(device, case.kind, *shape, dtype, route=how.route)
@@ -209,6 +220,7 @@ class ModelCase:
     depth: int
     batch: int = 256
     training: bool = True
+    operands: ClassVar[int] = 1
 
     @property
     def name(self) -> str:
@@ -310,6 +322,7 @@ BLOCKS = tuple(
 LAYERS = (
     BlockCase("Stem", 3, 64, 2, 224),
     *(BlockCase("ConvBNReLU", 64 << stage, 64 << stage, 1, 56 >> stage) for stage in range(4)),
+    *(BlockCase("BNAddReLU", 256 << stage, 256 << stage, 1, 56 >> stage) for stage in range(4)),
 )
 FROZEN = tuple(replace(case, training=False) for case in BLOCKS[:5])
 """With frozen statistics and without gradients."""

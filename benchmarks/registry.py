@@ -120,7 +120,7 @@ def blocks() -> list[Entry]:
 
 
 def _module_test(case: BlockCase) -> str:
-    return "modules/test_layers.py" if case.kind in ("Stem", "ConvBNReLU") else "modules/test_blocks.py"
+    return "modules/test_layers.py" if case.kind in ("Stem", "ConvBNReLU", "BNAddReLU") else "modules/test_blocks.py"
 
 
 def forwards() -> list[Entry]:

@@ -51,6 +51,9 @@ def items(context: Context) -> Iterator[Item]:
             name = f"{kind} {inplanes}, {planes}, /{stride} {side}px {str(dtype).removeprefix('torch.')}"
             yield name, lambda a=(kind, inplanes, planes, stride, side), d=dtype: judge(context.device, *a, d)
     for dtype in (torch.float32,) if context.dry else (torch.bfloat16, torch.float16):
+        shape = (8, 6) if context.dry else (256, 56)
+        said = f"{shape[0]}, {shape[1]}px {str(dtype).removeprefix('torch.')}"
+        yield f"BNAddReLU {said}", lambda s=shape, d=dtype: judge_bn_add(context.device, *s, d)
         yield f"Stem {str(dtype).removeprefix('torch.')}", lambda d=dtype: judge_stem(context.device, d)
 
 
@@ -65,6 +68,7 @@ PLAIN: dict[str, Any] = {
     "Bottleneck": fr.reference.Bottleneck,
     "BasicBlock": fr.reference.BasicBlock,
     "ConvBNReLU": fr.reference.ConvBNReLU,
+    "BNAddReLU": fr.reference.BNAddReLU,
     "Stem": PlainStem,
 }
 
@@ -76,6 +80,8 @@ def make(kind: str, inplanes: int, planes: int, stride: int, *, plain: bool = Fa
         return cls(inplanes, planes, 3, stride)
     if kind == "Stem":
         return cls(inplanes, planes)
+    if kind == "BNAddReLU":
+        return cls(planes)
     width = planes * cls.expansion
     downsample = None
     if stride != 1 or inplanes != width:
@@ -218,6 +224,29 @@ def _verdict(scores: list[numerics.Score], ran: list[str]) -> dict[str, Any]:
         else f"right; worst {worst.name} {worst.ratio:.2f}x eager's, {kernels}"
     )
     return {"ok": not wrong, "scores": rows, "kernels": ran, "line": line}
+
+
+def judge_bn_add(device: Device, channels: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A norm's that adds a residual: a chain whose convolution by the identity changes no number."""
+    torch.manual_seed(1)
+    bn = prepare(device, fr.BNAddReLU(channels), dtype)
+    shape = (2 if device.dry else BATCH, channels, side, side)
+    y, residual, dout = (_image(device, shape, dtype) for _ in range(3))
+    with record_launches() as launches:
+        out = bn(y.requires_grad_(), residual.requires_grad_())
+        out.backward(dout)
+    if not launches:
+        raise RuntimeError("the fused operation did not run")
+    candidate = {"z": out.detach(), "dx": y.grad, "dresidual": residual.grad}
+    candidate |= {"dgamma0": bn.weight.grad, "dbeta0": bn.bias.grad}
+    identity = torch.eye(channels, dtype=dtype, device=device.name)[:, :, None, None]
+    layers = [numerics.Layer(identity, bn.weight.detach(), bn.bias.detach(), eps=bn.eps)]
+    arguments, residual = (y.detach(), layers, dout), residual.detach()
+    with exact_float32():
+        eager = numerics.chain(*arguments, dtype=dtype, residual=residual)
+        masks = ([numerics.relu_mask(out.detach())], eager["masks"])
+        oracles = [numerics.oracle_chain(*arguments, mask, residual=residual) for mask in masks]
+    return _verdict(numerics.score_all(candidate, eager, *oracles), sorted({launch.kernel for launch in launches}))
 
 
 def judge_stem(device: Device, dtype: torch.dtype) -> dict[str, Any]:

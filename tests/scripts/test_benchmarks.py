@@ -87,7 +87,7 @@ def test_losses_that_differ_are_wrong() -> None:
 TINY = modules.BlockCase("Bottleneck", 256, 64, 1, 56)
 MODULES = [(TINY, candidate) for candidate in ("eager", "graph", "max-autotune", "ours graph, gram")]
 MODULES += [(replace(TINY, training=False), candidate) for candidate in ("eager", "ours", "ours graph, single")]
-MODULES += [(case, "ours") for case in modules.LAYERS[:2]]
+MODULES += [(case, "ours") for case in (*modules.LAYERS[:2], modules.LAYERS[-1])]
 MODULES += [(modules.ModelCase(18), "ours graph"), (modules.ModelCase(50, training=False), "ours")]
 MODULES += [(modules.ModelCase(18, training=False), "compile")]
 
@@ -130,6 +130,8 @@ class TestRegistry:
     def test_each_kind_of_entry_has_flops_bytes_and_a_floor(self) -> None:
         """One of a kind: the rest would take half a minute."""
         kinds = {(entry.level, entry.operation): entry for entry in self.entries if entry.level in ("kernel", "block")}
+        norm = next(entry for entry in self.entries if entry.operation == "BNAddReLU")
+        kinds[norm.level, norm.operation] = norm
         kinds["forward", "smallest"] = next(entry for entry in self.entries if entry.level == "forward")
         for entry in kinds.values():
             cost = entry.cost()
