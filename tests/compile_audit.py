@@ -23,18 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.occupancy import occupancy, resources
+
 BLOCK_SHARED = {80: 166_912, 90: 232_448}
-SM_SHARED = {80: 167_936, 90: 233_472}
 SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "gram_reduce")
 """Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
 DESCRIBED = ("box_", "walk_")
 """Kernels that read by tensor descriptors: for sm_90 alone."""
-REGISTERS = 65_536
 PARKED = 16
 """Bytes a thread: ptxas now and then parks an address or two across the main loop, which costs nothing."""
 MEASURED = 512
 """Bytes a thread that a tile may spill if it was measured to be the fastest all the same."""
-THREADS = 2048
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,7 @@ class Compiled:
 
     @property
     def programs_per_sm(self) -> int:
-        threads = 32 * self.warps
-        per_thread = -(-max(self.registers, 1) // 8) * 8
-        by_shared = SM_SHARED[self.sm] // (self.shared + 1024)
-        return min(REGISTERS // (per_thread * threads), by_shared, THREADS // threads, 32)
+        return occupancy(self.registers, self.shared, self.warps, self.sm).programs
 
     def row(self) -> str:
         verdict = "; ".join(self.failures) or "ok"
@@ -106,18 +102,18 @@ def compile_call(call: Any, sm: int) -> Compiled:
         message = f"does not compile: {type(error).__name__}: {reason[:300]}"
         return Compiled(call.kernel, call.where, shown, sm, warps, 0, 0, 0, False, (message,))
 
-    registers, stack, local = resources(compiled.asm["cubin"])
+    registers, local = resources(compiled.asm["cubin"])
     shared, wgmma = compiled.metadata.shared, "wgmma.mma_async" in compiled.asm["ptx"]
     failures = []
-    if stack + local > (MEASURED if call.measured else PARKED):
-        failures.append(f"spills {stack + local} bytes a thread")
+    if local > (MEASURED if call.measured else PARKED):
+        failures.append(f"spills {local} bytes a thread")
     if shared > BLOCK_SHARED[sm]:
         failures.append(f"{shared} bytes of shared memory, a block has {BLOCK_SHARED[sm]}")
     if sm == 90 and wants_wgmma(call) and not wgmma:
         failures.append("no wgmma")
     if not call.kernel.startswith(SMALL_ONLY) and not wide_rows(compiled.asm["ttir"]):
         failures.append("no 64-bit row offsets")
-    return Compiled(call.kernel, call.where, shown, sm, warps, registers, stack + local, shared, wgmma, tuple(failures))
+    return Compiled(call.kernel, call.where, shown, sm, warps, registers, local, shared, wgmma, tuple(failures))
 
 
 def wants_wgmma(call: Any) -> bool:
@@ -134,20 +130,6 @@ def wide_rows(ttir: str) -> bool:
     """Whether the kernel, if it addresses two-dimensional tiles at all, has 64-bit offsets somewhere."""
     tiles = re.findall(r"tt\.addptr .*tensor<\d+x\d+[^!]*!tt\.ptr", ttir)
     return not tiles or bool(re.search(r"arith\.(muli|addi|extsi) .*i64", ttir))
-
-
-def resources(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, bytes of stack, bytes of local memory) a thread, as the bundled cuobjdump reads them."""
-    from triton.backends import nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]), int(found[3])
 
 
 def _compile(job: tuple[Any, int]) -> Compiled:
