@@ -42,6 +42,20 @@ BUGS = [
         ("far from zero, float16 sums cut off",),
     ),
     Bug(
+        "no pivot of a projection in float16",
+        GRAM,
+        "tl.where(above | below, pivot, 0.0)",
+        "0.0 * pivot",
+        ("a projection far from zero, float16 sums cut off",),
+    ),
+    Bug(
+        "a projection's pivot as others see it",
+        FINISH,
+        "P, pivot_stride, HAS_AFFINE, SEEN, dtype)",
+        "P, pivot_stride, HAS_AFFINE, SEEN, dtype) * (0.0 if SEEN > 2 else 1.0)",
+        ("a projection far from zero, float16 sums cut off",),
+    ),
+    Bug(
         "a pivot where the difference is rounded",
         GRAM,
         "pivot * rstd > 8 * tl.abs(scale)",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.problems import Layer, layers
+from fused_resnet.autograd import gram as gram_route
 from fused_resnet.launch import (
     bn_act,
     bn_act_grad,
@@ -212,8 +213,8 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
     if plan is None or plan.projection is None:
         return
     x, w, dz = _image(p.N, p.Ci, p.H, p.W, dtype), _image(p.Co, p.Ci, 1, 1, dtype), _image(p.N, p.Co, p.P, p.Q, dtype)
-    row, pivot = _rows(1, p.Co)[0], _rows(1, p.Ci) if plan.centres else None
-    mean = None if pivot is None else pivot[0]
+    row, mean = _rows(1, p.Co)[0], _rows(1, p.Ci)[0] if plan.centres else None
+    pivot = gram_route.pixels(x) if plan.pivots else None
     g, c, _ = gram.gram(x, None, plan.projection.gram, stride=p.stride, pivot=pivot)
     none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
     gram.gram_finalize(g, c, p.M, w, momentum=0.1, eps=1e-5, pivot=pivot, **none)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,11 @@ def far_with_sums_cut_off() -> None:
         frightening.far(256)(torch.float16).check()
 
 
+def far_projection_with_sums_cut_off() -> None:
+    with strict_interpreter.truncating():
+        frightening.far_input(256)(torch.float16, partial(projected_block, size=(4, 16, 16))).check()
+
+
 def scenario(
     make: frightening.Make, dtype: torch.dtype, block: frightening.Make = identity_block
 ) -> Callable[[], object]:
@@ -60,6 +66,7 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "a pooled gradient, float32": scenario(frightening.pooled, torch.float32),
     "filters orthogonal to the data, float32": scenario(frightening.orthogonal, torch.float32, projected_block),
     "far from zero, float16 sums cut off": far_with_sums_cut_off,
+    "a projection far from zero, float16 sums cut off": far_projection_with_sums_cut_off,
     "correlated channels, float16": scenario(frightening.correlated, torch.float16),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
     "many rows, float16": scenario(frightening.long, torch.float16),

@@ -67,7 +67,7 @@ def forward(
     if plan.gram.projection is not None:
         assert plan.projection is not None
         projected = plan.projection.problem
-        pivot = _pixel(x) if plan.gram.centres else None
+        pivot = pixels(x) if plan.gram.pivots else None
         *products, _ = gram(x, None, plan.gram.projection.gram, stride=projected.stride, pivot=pivot)
         kept_projection = _statistics(projection_layer, projected.M, *products, pivot=pivot)
         projection = Projection(x, projection_layer.weight, projected, kept_projection.stats[2:])
@@ -87,9 +87,18 @@ def forward(
     return out, kept, kept_projection
 
 
-def _pixel(x: Tensor) -> Tensor:
-    """One in the middle: a pivot for an input without statistics."""
-    return x[x.shape[0] // 2, :, x.shape[2] // 2, x.shape[3] // 2][None]
+SEEN = 32
+"""Pixels that tell whether an input of 16 bits is far from zero."""
+
+
+def pixels(x: Tensor) -> Tensor:
+    """A pivot for an input without statistics: one in the middle; of 16-bit data some from all over."""
+    if x.element_size() > 2:
+        return x[x.shape[0] // 2, :, x.shape[2] // 2, x.shape[3] // 2][None]
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    seen = min(SEEN, 1 << (len(rows).bit_length() - 1))
+    step = len(rows) // seen
+    return rows[step // 2 :: step][:seen]
 
 
 def _statistics(

@@ -44,10 +44,22 @@ def load_normalised(ptrs, mask_k, mask_n, scale, shift, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def pivot_row(pivot_ptr, affine_ptr, offs, mask, C, HAS_AFFINE: tl.constexpr, DTYPE: tl.constexpr):
-    """What is subtracted from each row of a, in its dtype: relu(mean * scale + shift), or the pivot itself.
+def pivot_row(
+    pivot_ptr,
+    affine_ptr,
+    offs,
+    mask,
+    C,
+    pivot_stride,
+    HAS_AFFINE: tl.constexpr,
+    SEEN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What is subtracted from each row of a, in its dtype: relu(mean * scale + shift), or the pivot's first row itself.
 
-    From 16-bit data only where that is more than 8 std: there the difference is exact, elsewhere it would be rounded.
+    From 16-bit data only where the difference is exact, elsewhere it would be rounded: where that is more than 8 std,
+    or where all SEEN rows of the pivot are within a factor of two. Their minimum and maximum, unlike a sum, are the
+    same in every program, however it holds them.
     """
     pivot = tl.load(pivot_ptr + offs, mask=mask, other=0.0)
     if HAS_AFFINE:
@@ -57,6 +69,13 @@ def pivot_row(pivot_ptr, affine_ptr, offs, mask, C, HAS_AFFINE: tl.constexpr, DT
         if DTYPE.primitive_bitwidth == 16:
             rstd = tl.load(pivot_ptr + C + offs, mask=mask, other=0.0)
             pivot = tl.where(pivot * rstd > 8 * tl.abs(scale), pivot, 0.0)
+    elif DTYPE.primitive_bitwidth == 16:
+        rows = tl.arange(0, SEEN).to(tl.int64) * pivot_stride
+        seen = tl.load(pivot_ptr + rows[:, None] + offs[None, :], mask=mask[None, :], other=0.0).to(tl.float32)
+        least, most, first = tl.min(seen, axis=0), tl.max(seen, axis=0), pivot.to(tl.float32)
+        above = (first > 0) & (2 * least >= first) & (most <= 2 * first)
+        below = (first < 0) & (2 * most <= first) & (least >= 2 * first)
+        pivot = tl.where(above | below, pivot, 0.0)
     return pivot.to(DTYPE)
 
 
@@ -67,6 +86,7 @@ def gram_kernel(
     pivot_ptr,
     partial_ptr,
     a_ptr,
+    pivot_stride,
     M,
     C,
     H,
@@ -81,6 +101,7 @@ def gram_kernel(
     STRIDE_W: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     HAS_PIVOT: tl.constexpr,
+    SEEN: tl.constexpr,
     STORE_A: tl.constexpr,
     EVEN_K: tl.constexpr,
     LANES: tl.constexpr,
@@ -126,8 +147,8 @@ def gram_kernel(
 
     if HAS_PIVOT:
         DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-        pivot_i = pivot_row(pivot_ptr, affine_ptr, offs_i, mask_i, C, HAS_AFFINE, DTYPE)[None, :]
-        pivot_j = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, C, HAS_AFFINE, DTYPE)[None, :]
+        pivot_i = pivot_row(pivot_ptr, affine_ptr, offs_i, mask_i, C, pivot_stride, HAS_AFFINE, SEEN, DTYPE)[None, :]
+        pivot_j = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, C, pivot_stride, HAS_AFFINE, SEEN, DTYPE)[None, :]
 
     a_base = a_ptr
     if STORE_A:  # by the programs of the diagonal

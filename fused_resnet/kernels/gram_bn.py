@@ -65,6 +65,7 @@ def gram_finalize_kernel(
     stats_ptr,
     v_ptr,
     m_ptr,
+    pivot_stride,
     P,
     Q,
     inverse_rows: tl.float64,
@@ -72,6 +73,7 @@ def gram_finalize_kernel(
     eps: tl.float64,
     momentum: tl.float64,
     HAS_PIVOT: tl.constexpr,
+    SEEN: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -120,7 +122,8 @@ def gram_finalize_kernel(
         w = tl.load(w_ptr + rows_q + offs_j[None, :], mask=mask, other=0.0).to(ACC)
         tl.store(v_ptr + rows_q + offs_j[None, :], acc, mask=mask)
         if HAS_PIVOT:
-            pivot = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, P, HAS_AFFINE, w_ptr.dtype.element_ty)
+            dtype: tl.constexpr = w_ptr.dtype.element_ty
+            pivot = pivot_row(pivot_ptr, affine_ptr, offs_j, mask_j, P, pivot_stride, HAS_AFFINE, SEEN, dtype)
             m_j = (exact + pivot.to(tl.float64)).to(ACC)
         mean += tl.sum(w * m_j[None, :], axis=1)
         var += tl.sum(w * acc, axis=1)

@@ -29,7 +29,8 @@ def gram(
     ``x`` [N, p, H, W], NHWC memory; ``input_affine`` [2, p] float32 (float64 for float64 data), None for a = x.
     ``stride``: of the pixels, those alone that a 1x1 convolution with it samples (none of them is stored). G and c have
     the accumulation dtype and do not depend on the run. ``config``: square tiles, ``split`` parts of the rows.
-    ``pivot``: mean and rstd of x's BatchNorm [2, p], or without a prologue any pixel of wide data [1, p]. G and c are
+    ``pivot``: mean and rstd of x's BatchNorm [2, p], or without a prologue any pixel of wide data [1, p], or of 16-bit
+    data some pixels [s, p], s a power of two: the first, where the others say that it is near the mean. G and c are
     those of a minus a row near its mean, and ``gram_finalize`` takes it again. Of float32 data they are float64 then.
     """
     require_nhwc(x, "x")
@@ -67,6 +68,7 @@ def gram(
         pivot_ptr=pivot,
         partial_ptr=partial,
         a_ptr=a,
+        pivot_stride=channels if pivot is None else pivot.stride(0),
         M=rows,
         C=channels,
         H=H,
@@ -81,6 +83,7 @@ def gram(
         STRIDE_W=stride[1],
         HAS_AFFINE=input_affine is not None,
         HAS_PIVOT=pivot is not None,
+        SEEN=1 if pivot is None else len(pivot),
         STORE_A=store_a,
         EVEN_K=rows % config.block_k == 0,
         LANES=min(config.block_k, max(1, lanes)),

@@ -90,6 +90,7 @@ def gram_finalize(
         stats_ptr=stats,
         v_ptr=v,
         m_ptr=m,
+        pivot_stride=p if pivot is None else pivot.stride(0),
         P=p,
         Q=q,
         inverse_rows=1.0 / rows,
@@ -97,6 +98,7 @@ def gram_finalize(
         eps=float(eps),
         momentum=float(momentum),
         HAS_PIVOT=pivot is not None,
+        SEEN=1 if pivot is None else len(pivot),
         HAS_AFFINE=input_affine is not None,
         HAS_WEIGHT=gamma is not None,
         HAS_BIAS=beta is not None,
@@ -247,10 +249,19 @@ def _require_weight(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def require_pivot(pivot: torch.Tensor, channels: int, like: torch.Tensor, input_affine: torch.Tensor | None) -> None:
-    """ValueError unless ``pivot`` is [2, channels] beside an affine, or [1, channels] for wide data without."""
-    require_rows(pivot, 1 if input_affine is None else 2, channels, like, "pivot")
-    if input_affine is None:
-        require_dtype(like, accumulation_dtype(like.dtype), "data with a pivot and no affine")
+    """ValueError unless ``pivot`` is [2, channels] beside an affine, or without one what :func:`gram` takes there."""
+    wide = like.dtype == accumulation_dtype(like.dtype)
+    if input_affine is not None or wide:
+        require_rows(pivot, 1 if input_affine is None else 2, channels, like, "pivot")
+        return
+    seen = len(pivot)
+    if seen & (seen - 1) or pivot.shape != (seen, channels) or pivot.stride(1) != 1:
+        raise ValueError(
+            f"pivot must be a power of two of pixels of {channels} dense channels, got shape {tuple(pivot.shape)} with "
+            f"strides {pivot.stride()}"
+        )
+    require_dtype(pivot, like.dtype, "pivot")
+    require_device(like.device, pivot=pivot)
 
 
 def gram_dtype(like: torch.Tensor, pivot: torch.Tensor | None) -> torch.dtype:

@@ -65,7 +65,7 @@ def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None 
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
         dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),
-        projection=None if projection is None else _gram_projection(projection, target),
+        projection=None if projection is None else _gram_projection(projection, target, pivots),
         stores_a=stores_a,
         pivots=pivots,
         centres=ELEMENT_BYTES.get(last.dtype, 2) > 2,
@@ -98,15 +98,15 @@ def fprop_name(stores_a: bool, joined: bool) -> str:
     return tables.pass_name("fprop", prologue=not stores_a, gram=not joined, gram2=joined, formed=stores_a)
 
 
-def _gram_projection(projection: ConvProblem, target: Target) -> GramProjection:
+def _gram_projection(projection: ConvProblem, target: Target, pivots: bool) -> GramProjection:
     return GramProjection(
-        gram=_measured(projection, "gram", target, _gram_config(projection, target)),
+        gram=_measured(projection, "gram", target, _gram_config(projection, target, pivots)),
         wgrad=_measured(projection, "wgrad+gram2", target, default_config(projection, "wgrad", target)),
         dgrad=_measured(projection, "dgrad+gram2", target, _gram_dgrad_config(projection, target)),
     )
 
 
-def _gram_config(conv: ConvProblem, target: Target, pivots: bool = False) -> GemmConfig:
+def _gram_config(conv: ConvProblem, target: Target, pivots: bool) -> GemmConfig:
     return gram_config(
         conv.M,
         conv.Ci,

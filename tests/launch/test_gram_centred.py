@@ -74,6 +74,36 @@ def test_gram_of_an_input_as_it_is(stride, device):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("seen", [1, 8])
+def test_gram_of_half_precision_as_it_is(seen, device):
+    """The first pixel where all that are seen are within a factor of two of it; nothing is rounded."""
+    x = (0.1 * nhwc(2, 20, 4, 8) + 1).half().to(device)  # within a factor of two
+    x[:, :5] = 0.0
+    x[:, 5:8] *= -1
+    x[:, 8:10] *= 1000
+    x[:, 10:15] -= 1.0  # around zero
+    x[1, 15, 2, 2] = 4.0  # not among the pixels, but of the same exponents as the difference
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows = matrix(x)
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)[3 :: 64 // 8][:seen]
+    near = torch.ones(20, dtype=torch.bool, device=device)
+    near[:5] = False
+    if seen > 1:
+        near[10:15] = False
+    k = torch.where(near, pixels[0].double(), 0.0)
+    g, c, _ = gram(x, None, SMALL, pivot=pixels)
+    left = (rows - k).half().double()
+    assert seen == 1 or torch.equal(left, rows - k)
+    assert relative(g, left.T @ left) < 1e-6 and relative(c, left.sum(0)) < 1e-5
+    weight = nhwc(24, 20, 1, 1).half().to(device)
+    none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
+    stats, _, mean = gram_finalize(g, c, 64, weight, momentum=0.1, eps=1e-5, pivot=pixels, **none)
+    y = rows @ weight.flatten(1).double().T
+    assert relative(mean, rows.mean(0)) < 1e-6
+    assert relative(stats[1], 1 / (y.var(0, correction=0) + 1e-5).sqrt()) < (1e-6 if seen > 1 else 1e-3)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", WIDE.values(), ids=WIDE)
 def test_statistics_far_from_zero(dtype, device):
     """To the last digits that the data hold: the covariance is that of the centred data."""
@@ -185,8 +215,9 @@ def test_errors(device):
     q, mean = case.dz.shape[1], torch.zeros(p, device=device)
     with pytest.raises(ValueError, match="pivot must have shape"):
         gram(case.x, case.input_affine, SMALL, pivot=mean[None])
-    with pytest.raises(ValueError, match="data with a pivot and no affine"):
-        gram(case.x, None, SMALL, pivot=mean[None])
+    for wrong in (mean[None], mean.half()[None, :-1], mean.half().expand(3, p)):
+        with pytest.raises(ValueError, match="pivot must be"):
+            gram(case.x, None, SMALL, pivot=wrong)
     bits = empty_bits(case.dz.shape, device)
     with pytest.raises(ValueError, match="what input_mean is subtracted from"):
         gram_wgrad(case.dz, bits, case.x, case.input_affine, TILED, store_dz=False, input_mean=mean)
