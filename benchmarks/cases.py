@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +14,17 @@ from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram import gram
-from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.launch.stem_conv import stem_conv_fprop, stem_conv_wgrad
 from fused_resnet.plan.candidates import candidates, gram_candidates
 from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.gram import has_pivot
 from fused_resnet.plan.passes import pass_config, reduce_config
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.tables import pass_name
 from fused_resnet.plan.target import Target
 
-from . import errors, problems, tensors
+from . import centring, errors, problems, tensors
 
 Tensors = dict[str, Any]
 SAMPLE = 4
@@ -154,10 +154,14 @@ class ConvCase:
             t["output_affine"] = tensors.channels(2, p.Co, device, acc)
             t["shortcut"] = image(p.Co, p.P, p.Q)
             t["bits"] = empty_bits(t["shortcut"].shape, t["shortcut"].device)
-        if self.gram and self.kind == "dgrad":
-            t["products"] = tensors.products(p.Ci, self.dtype, device)
-            t["bias"] = tensors.channels(1, p.Ci, device, acc)[0] * 0.01
+        if self.gram and self.kind in ("dgrad", "wgrad"):
+            t |= centring.of_gradients(p, self.kind, device, acc)
+        if self.kind == "gram" and has_pivot(p.dtype):
+            t["pivot"] = self.pivot(t)
         return t
+
+    def pivot(self, t: Tensors) -> torch.Tensor:
+        return centring.pivot_of_norm(t["x"], t["affine"])
 
     def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
         """The kernel: (output, tiles or None)."""
@@ -166,23 +170,27 @@ class ConvCase:
                 return stem_conv_fprop(t["x"], t["w"], self.problem, config, stats=self.stats)
             return stem_conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype), None
         if self.kind == "gram":
-            return gram(t["x"], t["affine"], config)[:2]
+            return gram(t["x"], t["affine"], config, pivot=t.get("pivot"))[:2]
         if self.writes_dz:
-            found, *tiles = gram_wgrad(t["dy"], t["bits"], t["x"], t["affine"], config, store_dz=True)
+            more = {"store_dz": True, "input_mean": t.get("mean")}
+            found, *tiles = gram_wgrad(t["dy"], t["bits"], t["x"], t["affine"], config, **more)
             return found.view(t["w"].shape), tiles
         if self.kind == "dgrad" and self.gram:
-            matrices, bits = (t["w"].flatten(1), t["products"], t["bias"]), t["bits"] if self.masked else None
-            return gram_dgrad(t["dy"], t["mask_input"], *matrices, t["mask_stats"], config, bits=bits)
+            return centring.dgrad(t, t["mask_input"], t["mask_stats"], config, bits=t["bits"] if self.masked else None)
         if self.kind == "fprop":
-            more = {}
+            more = {"input_affine": t.get("affine"), "stats": self.stats}
             if self.gram:
-                more = {name: t[name] for name in ("output_affine", "bits")} | {"residual": t["shortcut"], "relu": True}
-            affine = t.get("affine")
-            return conv_fprop(t["x"], t["w"], self.problem, config, input_affine=affine, stats=self.stats, **more)
+                more |= {
+                    "output_affine": t["output_affine"],
+                    "bits": t["bits"],
+                    "residual": t["shortcut"],
+                    "relu": True,
+                }
+            return conv_fprop(t["x"], t["w"], self.problem, config, **more)
         if self.kind == "dgrad":
             extra = {name: t.get(name) for name in ("mask_input", "mask_stats", "residual")}
             return conv_dgrad(t["dy"], t["w"], self.computed, config, **self._on_load(t), **extra)
-        extra = {**self._on_load(t), "input_affine": t.get("affine")}
+        extra = {**self._on_load(t), "input_affine": t.get("affine"), "input_mean": t.get("mean")}
         return conv_wgrad(t["x"], t["dy"], self.problem, config, out_dtype=self.dtype, **extra), None
 
     def _on_load(self, t: Tensors) -> Tensors:
@@ -265,16 +273,13 @@ class ConvCase:
                 y = torch.relu(z).to(dtype)
             return y
         if self.kind == "wgrad":
-            return vendor.conv_wgrad(x, dy, w, p)
+            return vendor.conv_wgrad(centring.centred(x, t), dy, w, p)
         like = torch.empty_strided((dy.shape[0], p.Ci, p.H, p.W), _nhwc(p), dtype=dtype, device=dy.device)
-        dx = vendor.conv_dgrad(dy, like, w, p)
+        dx = vendor.conv_dgrad(centring.centred_gradient(dy, t, self.problem.M), like, w, p)
         if self.residual:
             dx = dx + t["residual"].to(dtype)
         if self.gram:
-            a = torch.relu(self._normalised(t)).to(self.dtype).to(dtype)
-            products = tensors.whole(t["products"]).t()[:, :, None, None].to(dtype)
-            more = vendor.conv_fprop(a, products, replace(p, Co=p.Ci))
-            dx = (dx.to(acc) + more.to(acc) + t["bias"].to(acc)[None, :, None, None]).to(dtype)
+            dx = centring.with_products(dx, torch.relu(self._normalised(t)).to(self.dtype).to(dtype), p, t)
         if self.stats:
             dx = torch.where(self._normalised(t) <= 0, torch.zeros((), dtype=dtype, device=dx.device), dx)
         return dx
@@ -295,6 +300,8 @@ class ConvCase:
         high = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else torch.float64
         if self.kind == "gram":
             rows = self._rows(t).double()
+            if "pivot" in t:
+                rows -= centring.taken_off(t["pivot"], t.get("affine"), self.dtype).double()
             return Reference(slice(None), rows, rows.T @ rows, None)
         sample, part = (t, slice(None)) if self.kind == "wgrad" else self._ends(t)
         with errors.exact_float32():

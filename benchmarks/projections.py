@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fused_resnet.autograd.gram import pixels
 from fused_resnet.launch import vendor
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram import gram
-from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.plan.candidates import candidates, gram_candidates, projection_candidates
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.tables import pass_name
 from fused_resnet.plan.target import Target
 
-from . import problems, tensors
+from . import centring, problems, tensors
 from .cases import ConvCase, Tensors
 
 NHWC = torch.channels_last
@@ -71,15 +71,17 @@ class ProjectionCase(ConvCase):
             t["x"] = image()
         return t
 
+    def pivot(self, t: Tensors) -> torch.Tensor:
+        return pixels(t["x"])
+
     def ours(self, t: Tensors, config: GemmConfig) -> tuple[torch.Tensor, Any]:
         p = self.problem
         if self.kind == "gram":
-            return gram(t["x"], None, config, stride=p.stride)[:2]
+            return gram(t["x"], None, config, stride=p.stride, pivot=t.get("pivot"))[:2]
         if self.kind == "wgrad":
-            return conv_wgrad(t["x"], t["dy"], p, config, out_dtype=self.dtype), None
+            return conv_wgrad(t["x"], t["dy"], p, config, out_dtype=self.dtype, input_mean=t.get("mean")), None
         if self.kind == "dgrad":
-            small = t["w"].flatten(1), t["products"], t["bias"]
-            return gram_dgrad(t["dy"], t["x"], *small, None, config, stride=p.stride)
+            return centring.dgrad(t, t["x"], None, config, stride=p.stride)
         assert self.joins is not None
         joining = Projection(t["block_input"], t["projection"], self.joins, t["projection_affine"])
         affines = {"input_affine": t["affine"], "output_affine": t["output_affine"]}
@@ -102,10 +104,8 @@ class ProjectionCase(ConvCase):
         if self.kind == "wgrad":
             return super().mathematics(t, dtype)
         p, x = self.problem.sampled(), self._sampled(t).to(dtype)
-        products = tensors.whole(t["products"]).t()[:, :, None, None].to(dtype)
-        dx = vendor.conv_dgrad(t["dy"].to(dtype), x, t["w"].to(dtype), p)
-        more = vendor.conv_fprop(x, products, replace(p, Co=p.Ci))
-        return (dx.to(acc) + more.to(acc) + t["bias"].to(acc)[None, :, None, None]).to(dtype)
+        dy = centring.centred_gradient(t["dy"].to(dtype), t, p.M)
+        return centring.with_products(vendor.conv_dgrad(dy, x, t["w"].to(dtype), p), x, p, t)
 
     def _sampled(self, t: Tensors) -> torch.Tensor:
         down, right = self.problem.stride

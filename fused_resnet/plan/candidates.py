@@ -15,11 +15,11 @@ from typing import NamedTuple
 from .config import GemmConfig, supports
 from .defaults import MODELLED, default_config
 from .estimate import estimate_us
-from .gram import gram_config, gram_tiles
+from .gram import gram_config, gram_tiles, has_pivot, is_centred
 from .gram_dgrad import gram_dgrad_config
 from .gram_wgrad import gram_wgrad_config
 from .problem import ConvProblem
-from .split import wgrad_split
+from .split import ELEMENT_BYTES, wgrad_split
 from .target import Target
 
 MOST = 24
@@ -128,20 +128,28 @@ GRAM = (
     (128, 32, 8, 6), (128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 4), (128, 32, 8, 3), (64, 64, 4, 4),
     (64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (64, 32, 4, 5), (64, 128, 4, 2),
 )  # fmt: skip
+# The same of wide data, whose accumulators have 64 bits.
+GRAM_WIDE = ((64, 16, 8, 6), (64, 16, 8, 4), (64, 32, 8, 3), (32, 32, 4, 4), (32, 16, 4, 6))
 
 
 def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int = MOST) -> list[GemmConfig]:
     """The Gram route's "gram", "wgrad" (that forms dz) or "dgrad" for a convolution, the planner's default first."""
+    itemsize = ELEMENT_BYTES.get(problem.dtype, 2)
     if kind == "gram":
-        itemsize = 4 if problem.dtype == "float32" else 2
         default = gram_config(
-            problem.M, problem.Ci, target.sm_count, itemsize=itemsize, sm=target.sm, interpreter=target.interpreter
+            problem.M,
+            problem.Ci,
+            target.sm_count,
+            itemsize=itemsize,
+            sm=target.sm,
+            pivots=has_pivot(problem.dtype),
+            interpreter=target.interpreter,
         )
         proposed = _gram(problem, target)
     elif kind == "wgrad":
         default, proposed = gram_wgrad_config(problem, target), _gram_wgrad(problem, target)
     else:
-        default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target)
+        default = gram_dgrad_config(problem.M, problem.Ci, problem.Co, target, itemsize=itemsize)
         proposed = (
             GemmConfig(m, n, k, warps, stages, 1, maxnreg)
             for m, n, k, warps, stages, _, maxnreg, _ in GRAM_DGRAD
@@ -164,7 +172,7 @@ def projection_candidates(problem: ConvProblem, target: Target, most: int = MOST
 
 def _gram(problem: ConvProblem, target: Target) -> Iterator[GemmConfig]:
     """As many parts as there are processors, or two or three times as many."""
-    for n, k, warps, stages in GRAM:
+    for n, k, warps, stages in GRAM_WIDE if is_centred(problem.dtype) else GRAM:
         if n <= max(64, problem.Ci):
             programs = target.sm_count // gram_tiles(problem.Ci, n)
             for parts in (1, 2) if n > 64 else (2, 3):

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from .config import GemmConfig, PassConfig
 from .passes import ceil_div, next_power_of_2
+from .split import ELEMENT_BYTES
 
 FLUSH_ROWS = 512
 """Rows that one accumulator takes up before it is added to another."""
 MIN_STEPS = 4
 """Steps of the shortest part worth a program of its own."""
+
+
+def has_pivot(dtype: str) -> bool:
+    """Whether the Gram kernel subtracts a pivot: of all data but bfloat16's, whose digits its sums hold anyway."""
+    return dtype != "bfloat16"
+
+
+def is_centred(dtype: str) -> bool:
+    """Whether the gradients subtract means on load: of wide data, whose every digit counts."""
+    return ELEMENT_BYTES.get(dtype, 2) > 2
 
 
 def gram_tiles(p: int, block_n: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import tables
 from .config import GemmConfig, supports
 from .defaults import default_config
-from .gram import gram_config
+from .gram import gram_config, has_pivot, is_centred
 from .gram_dgrad import gram_dgrad_config
 from .gram_wgrad import gram_wgrad_config
 from .plans import ChainProblem, GramPlan, GramProjection
@@ -58,17 +58,16 @@ def gram_plan(last: ConvProblem, target: Target, projection: ConvProblem | None 
     epilogue = "residual" if projection is None else "projection"
     stores_dz = _stores_dz(last, target)
     dgrad = "dgrad+gram" if stores_dz else "dgrad+in+gram"
-    pivots = last.dtype != "bfloat16"
     return GramPlan(
-        gram=_measured(last, "gram", target, _gram_config(last, target, pivots)),
+        gram=_measured(last, "gram", target, _gram_config(last, target)),
         fprop=_measured(last, fprop, target, default_config(last, "fprop", target, epilogue=epilogue)),
         wgrad=_measured(last, "wgrad+in+gram", target, default_config(last, "wgrad", target)),
         masked_wgrad=_masked_wgrad(last, target),
         dgrad=_measured(last, dgrad, target, _gram_dgrad_config(last, target)),
-        projection=None if projection is None else _gram_projection(projection, target, pivots),
+        projection=None if projection is None else _gram_projection(projection, target),
         stores_a=stores_a,
-        pivots=pivots,
-        centres=ELEMENT_BYTES.get(last.dtype, 2) > 2,
+        pivots=has_pivot(last.dtype),
+        centres=is_centred(last.dtype),
         stores_dz=stores_dz,
     )
 
@@ -98,22 +97,22 @@ def fprop_name(stores_a: bool, joined: bool) -> str:
     return tables.pass_name("fprop", prologue=not stores_a, gram=not joined, gram2=joined, formed=stores_a)
 
 
-def _gram_projection(projection: ConvProblem, target: Target, pivots: bool) -> GramProjection:
+def _gram_projection(projection: ConvProblem, target: Target) -> GramProjection:
     return GramProjection(
-        gram=_measured(projection, "gram", target, _gram_config(projection, target, pivots)),
+        gram=_measured(projection, "gram", target, _gram_config(projection, target)),
         wgrad=_measured(projection, "wgrad+gram2", target, default_config(projection, "wgrad", target)),
         dgrad=_measured(projection, "dgrad+gram2", target, _gram_dgrad_config(projection, target)),
     )
 
 
-def _gram_config(conv: ConvProblem, target: Target, pivots: bool) -> GemmConfig:
+def _gram_config(conv: ConvProblem, target: Target) -> GemmConfig:
     return gram_config(
         conv.M,
         conv.Ci,
         target.sm_count,
         itemsize=ELEMENT_BYTES.get(conv.dtype, 2),
         sm=target.sm,
-        pivots=pivots,
+        pivots=has_pivot(conv.dtype),
         interpreter=target.interpreter,
     )
 

@@ -16,15 +16,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import fused_resnet as fr
 from benchmarks import measured, modules, passes, problems, registry
 from benchmarks.cases import ConvCase
 from benchmarks.device import ROOT, DryDevice
 from benchmarks.projections import projection_cases
 from benchmarks.registry import Entry
 from benchmarks.roles import cases
+from fused_resnet.explain import image_like
+from fused_resnet.launch.record import Rehearsed, rehearse_launches
 from fused_resnet.plan.problem import ConvProblem
-from fused_resnet.plan.target import H100, INTERPRETER
+from fused_resnet.plan.target import H100, INTERPRETER, Assumption, assume
+from fused_resnet.rehearsal import rehearse
 
 
 class Benchmark:
@@ -43,6 +48,7 @@ class Benchmark:
 DRY = measured.Machine(DryDevice(), INTERPRETER, {"gpu": "none"})
 CASES = [case for layer in problems.layers(50, 2, 32, 8, "float32")[1:4] for case in cases(layer)]
 CASES += projection_cases(ConvProblem(2, 7, 6, 16, 32, stride=(2, 2), dtype="float32"))
+HALF = [replace(c, problem=replace(c.problem, dtype="float16")) for c in CASES if c.gram and c.kind != "fprop"]
 
 
 def bench(subject: Any, candidate: str, level: str = "kernel") -> Benchmark:
@@ -60,6 +66,55 @@ def test_a_convolution_s_benchmark(case: ConvCase, who: str) -> None:
     assert {"bytes", "flops", "floor_us", "device_us", "fraction_of_floor", "gpu"} <= set(benchmark.extra_info)
     assert ("error" in benchmark.extra_info) == ("speedup" in benchmark.extra_info) == (who == "ours")
     assert benchmark.group == f"kernel: {case.name}" and benchmark.timed
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+def test_the_gram_route_in_float16(case: ConvCase) -> None:
+    assert bench(case, "ours").timed
+
+
+FLAGS = {"HAS_AFFINE", "HAS_PIVOT", "SEEN", "HAS_MEAN", "HAS_MEANS", "HAS_SCALES", "TERMS", "BLOCK_N", "BLOCK_K"}
+
+
+def flags(run: Callable[[Callable[[Rehearsed], object]], object]) -> set[tuple[str, frozenset[Any]]]:
+    """Of the Gram route's own kernels that ``run`` would launch."""
+    found: set[tuple[str, frozenset[Any]]] = set()
+
+    def seen(launch: Rehearsed) -> None:
+        name = launch.kernel.fn.__name__
+        if name in ("gram_kernel", "gram_wgrad_kernel", "gram_dgrad_kernel"):
+            found.add((name, frozenset((k, v) for k, v in launch.arguments.items() if k in FLAGS)))
+
+    run(seen)
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_gram_route_s_cases_launch_what_a_block_does(dtype: str) -> None:
+    """With the pivots, means, scales and configurations that the planner gives to this dtype."""
+    block = fr.Bottleneck(128, 64, 1, nn.Sequential(nn.Conv2d(128, 256, 1, bias=False), nn.BatchNorm2d(256)))
+    model = nn.Sequential(nn.Conv2d(3, 128, 1), block).to("meta", memory_format=torch.channels_last)
+
+    def step(seen: Callable[[Rehearsed], object]) -> None:
+        x = image_like((4, 3, 14, 14), getattr(torch, dtype))
+        with assume(Assumption(H100)), fr.use_route("gram"):
+            rehearse(model, [x], getattr(torch, dtype), True, on_kernel=seen)
+
+    launched = flags(step)
+    last = problems.Layer(ConvProblem(4, 14, 14, 64, 256, dtype=dtype), "conv3", 1, True)
+    for case in (*cases(last), *projection_cases(ConvProblem(4, 14, 14, 128, 256, dtype=dtype))):
+        if (not case.gram and case.kind != "gram") or case.kind == "fprop":
+            continue
+
+        def run(seen: Callable[[Rehearsed], object], case: ConvCase = case) -> None:
+            with rehearse_launches():
+                t = case.inputs("meta", empty=True)
+            with rehearse_launches(seen):
+                case.ours(t, case.candidates(H100)[0])
+
+        assert flags(run) <= launched, case.name
 
 
 @pytest.mark.usefixtures("ieee")
