@@ -139,7 +139,9 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     tiles = bn_stats.bn_stats(y, reduce)
     bn_stats.bn_finalize(tiles, **parameters, momentum=0.1)
     bn_stats.bn_finalize(tiles, **parameters, momentum=0.1, counter=counter)
-    bn_stats.bn_frozen(**parameters, dtype=dtype)
+    norm = bn_stats.FrozenNorm(*(parameters[n] for n in ("weight", "bias", "running_mean", "running_var", "eps")))
+    for count in range(1, bn_stats.MOST_NORMS + 1):
+        bn_stats.bn_frozen([norm] * count, dtype=dtype)
     for relu in (True, False):
         bn_act.bn_act(y, stats, once, relu=relu)
         bn_act.bn_act(y, stats, once, residual=y, relu=relu)

@@ -62,7 +62,8 @@ def _forward(
         )
     else:
         assert running_mean is not None and running_var is not None
-        stats = bn_stats.bn_frozen(gamma, beta, running_mean, running_var, eps, dtype=_stats_dtype(y))
+        norm = bn_stats.FrozenNorm(gamma, beta, running_mean, running_var, eps)
+        (stats,) = bn_stats.bn_frozen([norm], dtype=_stats_dtype(y))
     config = pass_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
     mask = _mask(y, keeps_mask)
     bits = mask if keeps_mask else None

@@ -136,8 +136,11 @@ def finalize(layer: Layer, tiles: StatTiles) -> Tensor:
     )
 
 
-def frozen_stats(layer: Layer, x: Tensor) -> Tensor:
-    """[4, C] rows mean, rstd, scale, shift of a BN that normalises with its running statistics."""
+def frozen_stats(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
+    """[4, C] rows mean, rstd, scale, shift of each BN of a chain that normalises with its running statistics."""
+    return bn_stats.bn_frozen([_frozen(layer) for layer in layers], dtype=x.dtype)
+
+
+def _frozen(layer: Layer) -> bn_stats.FrozenNorm:
     assert layer.running_mean is not None and layer.running_var is not None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return bn_stats.bn_frozen(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps, dtype=dtype)
+    return bn_stats.FrozenNorm(layer.gamma, layer.beta, layer.running_mean, layer.running_var, layer.eps)

@@ -124,7 +124,7 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:
     assert plan.problem is not None
     passes = Passes(plan)
-    stats, mask = [frozen_stats(layer, x) for layer in layers], empty_mask(plan, x)
+    stats, mask = frozen_stats(layers, x), empty_mask(plan, x)
     if plan.projection is not None:
         residual = _conv_act(passes, plan.projection, layers[-1].weight, x, stats[-1], None, False)
     elif plan.problem.residual == "identity":

@@ -61,7 +61,7 @@ def _forward(
         stats = finalize(layer, tiles)
     else:
         y = conv_only(conv, w, x)
-        stats = frozen_stats(layer, x)
+        (stats,) = frozen_stats([layer], x)
     config = window_config(y.shape[1], interpreter=decoded.interpreter)
     out, index = stem_pool.stem_pool(y, stats, config, keeps_index=decoded.problem.backward)
     return _outputs(decoded, out, y, index, stats)

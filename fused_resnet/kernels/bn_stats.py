@@ -3,7 +3,7 @@
     bn_stats      y [M, C] -> tiles [2, T, C]                mean and M2 = sum (y - mean)^2 of every rows_per_tile rows
     bn_merge      tiles [2, T, C] -> tiles [2, G, C]         Chan's merge of every group of neighbours into one tile
     bn_finalize   tiles [2, T, C] -> stats [4, C]            the same of all of them; the running statistics, in place
-    bn_frozen     running_mean, running_var -> stats [4, C]
+    bn_frozen     running_mean, running_var -> stats [4, C], of up to four layers in one launch
     stats rows    0 mean, 1 rstd, 2 scale = gamma * rstd, 3 shift = beta - mean * scale
 
 All reductions sum deviations from a pivot p, the mean of the first block of what they reduce:
@@ -206,21 +206,41 @@ def bn_finalize_kernel(
 
 
 @triton.jit
+def frozen_rows(norm, eps, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One layer's stats; nothing past its channels."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < norm.channels
+    mean = tl.load(norm.mean + offs_c, mask=mask_c, other=0.0).to(ACC)
+    var = tl.load(norm.var + offs_c, mask=mask_c, other=1.0).to(ACC)
+    HAS_WEIGHT: tl.constexpr = norm.weight is not None
+    HAS_BIAS: tl.constexpr = norm.bias is not None
+    store_stats(norm.stats, norm.weight, norm.bias, mean, var, eps, norm.channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
+
+
+@triton.jit
 def bn_frozen_kernel(
-    stats_ptr,
-    weight_ptr,
-    bias_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    channels,
-    eps: tl.float64,
+    norm0,
+    norm1,
+    norm2,
+    norm3,
+    eps0: tl.float64,
+    eps1: tl.float64,
+    eps2: tl.float64,
+    eps3: tl.float64,
+    COUNT: tl.constexpr,
     ACC: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < channels
-    mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
-    var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(ACC)
-    store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
+    """Layer ``program_id(1)`` of the ``COUNT`` that there are, each a tuple; the others are None."""
+    layer = tl.program_id(1)
+    if layer == 0:
+        frozen_rows(norm0, eps0, ACC, BLOCK_C)
+    if COUNT > 1:
+        if layer == 1:
+            frozen_rows(norm1, eps1, ACC, BLOCK_C)
+    if COUNT > 2:
+        if layer == 2:
+            frozen_rows(norm2, eps2, ACC, BLOCK_C)
+    if COUNT > 3:
+        if layer == 3:
+            frozen_rows(norm3, eps3, ACC, BLOCK_C)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 
@@ -13,6 +16,28 @@ from .record import launch
 from .tiles import StatTiles
 
 FROZEN_CONFIG = PassConfig(block_m=1, block_c=128)
+MOST_NORMS = 4
+
+
+class FrozenNorm(NamedTuple):
+    """A BatchNorm that normalises with its running statistics: vectors [C], ``weight``, ``bias`` None for 1, 0."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+    eps: float
+
+
+class _Norm(NamedTuple):
+    """The same as the kernel takes it, which wants ``eps`` by itself: in a tuple it would be a float32."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+    stats: torch.Tensor
+    channels: int
 
 
 def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
@@ -141,40 +166,37 @@ def bn_finalize(
     return stats
 
 
-def bn_frozen(
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    eps: float,
-    *,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """stats [4, C] of frozen statistics, in float32, or in float64 for activations of that ``dtype``."""
+def bn_frozen(norms: Sequence[FrozenNorm], *, dtype: torch.dtype) -> list[torch.Tensor]:
+    """stats [4, C] of each of up to four layers with frozen statistics, by one launch.
+
+    In float32, or in float64 for activations of that ``dtype``.
+    """
+    if not 1 <= len(norms) <= MOST_NORMS:
+        raise ValueError(f"bn_frozen takes one to {MOST_NORMS} layers, got {len(norms)}")
     acc = accumulation_dtype(dtype)
-    channels = running_mean.numel()
-    stats = torch.empty((4, channels), dtype=acc, device=running_mean.device)
-    _require_channels(stats, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    device = norms[0].mean.device
+    outs = [torch.empty((4, norm.mean.numel()), dtype=acc, device=device) for norm in norms]
+    for stats, norm in zip(outs, norms, strict=True):
+        _require_channels(stats, weight=norm.weight, bias=norm.bias, running_mean=norm.mean, running_var=norm.var)
+    given = [
+        _Norm(norm.weight, norm.bias, norm.mean, norm.var, stats, stats.shape[1])
+        for stats, norm in zip(outs, norms, strict=True)
+    ]
+    absent = MOST_NORMS - len(norms)
     launch(
         bn_frozen_kernel,
-        (ceil_div(channels, FROZEN_CONFIG.block_c),),
-        touched=(stats, weight, bias, running_mean, running_var),
+        (ceil_div(max(norm.channels for norm in given), FROZEN_CONFIG.block_c), len(norms)),
+        touched=[t for norm in given for t in norm[:-1]],
         flops=0,
         config=FROZEN_CONFIG,
-        device=stats.device,
-        stats_ptr=stats,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        running_mean_ptr=running_mean,
-        running_var_ptr=running_var,
-        channels=channels,
-        eps=float(eps),
+        device=device,
+        **{f"norm{i}": norm for i, norm in enumerate([*given, *[None] * absent])},
+        **{f"eps{i}": eps for i, eps in enumerate([*(float(norm.eps) for norm in norms), *[0.0] * absent])},
+        COUNT=len(norms),
         ACC=tl.float64 if acc == torch.float64 else tl.float32,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
         BLOCK_C=FROZEN_CONFIG.block_c,
     )
-    return stats
+    return outs
 
 
 def _require_channels(like: torch.Tensor, **vectors: torch.Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import fused_resnet.kernels.bn_stats as kernels
 from fused_resnet.launch import bn_stats as launcher
-from fused_resnet.launch.bn_stats import bn_finalize, bn_frozen, bn_merge, bn_stats
+from fused_resnet.launch.bn_stats import FrozenNorm, bn_finalize, bn_frozen, bn_merge, bn_stats
 from fused_resnet.launch.record import record_launches
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
@@ -261,13 +261,52 @@ def test_one_of_the_running_statistics_may_be_missing(device):
 def test_frozen(dtype, affine, statistics, device):
     mean, var = torch.randn(150).to(statistics).to(device), torch.rand(150).to(statistics).to(device)
     weight, bias = (torch.randn(150, device=device) if affine else None for _ in range(2))
-    stats = bn_frozen(weight, bias, mean, var, 1e-3, dtype=dtype)
-    rstd = (var.double() + 1e-3) ** -0.5
-    scale = rstd * (weight.double() if affine else 1.0)
-    shift = (bias.double() if affine else 0.0) - mean.double() * scale
-    expected = torch.stack([mean.double(), rstd, scale, shift])
+    (stats,) = bn_frozen([FrozenNorm(weight, bias, mean, var, 1e-3)], dtype=dtype)
+    check_frozen(stats, FrozenNorm(weight, bias, mean, var, 1e-3), dtype)
+
+
+def check_frozen(stats, norm, dtype):
+    mean, rstd = norm.mean.double(), (norm.var.double() + norm.eps) ** -0.5
+    scale = rstd if norm.weight is None else rstd * norm.weight.double()
+    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
     assert stats.dtype == dtype
+    expected = torch.stack([mean, rstd, scale, shift])
     torch.testing.assert_close(stats.double(), expected, rtol=tolerance(dtype), atol=tolerance(dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_frozen_layers_share_a_launch(dtype, count, device):
+    """Of unequal widths, affine or not, each with its own eps and dtypes: as each would be alone, bit for bit."""
+
+    def norm(channels, affine, eps, statistics):
+        weight, bias = (torch.randn(channels, device=device) if affine else None for _ in range(2))
+        mean, var = torch.randn(channels).to(statistics).to(device), torch.rand(channels).to(statistics).to(device)
+        return FrozenNorm(weight, bias, mean, var, eps)
+
+    norms = [
+        norm(150, True, 1e-5, torch.float32),
+        norm(7, False, 1e-3, torch.float32),
+        norm(300, True, 0.1, torch.float16),
+        norm(128, False, 1e-5, torch.float32),
+    ][:count]
+    with record_launches() as launches:
+        found = bn_frozen(norms, dtype=dtype)
+    assert [launch.kernel for launch in launches] == ["bn_frozen_kernel"]
+    vectors = sum(t.numel() * t.element_size() for each in norms for t in each[:4] if t is not None)
+    assert launches[0].bytes == vectors + sum(stats.numel() * stats.element_size() for stats in found)
+    for stats, each in zip(found, norms, strict=True):
+        check_frozen(stats, each, dtype)
+        assert torch.equal(stats, bn_frozen([each], dtype=dtype)[0])
+
+
+def test_frozen_takes_one_to_four_layers(device):
+    vector = torch.ones(8, device=device)
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"one to 4 layers, got {count}"):
+            bn_frozen([FrozenNorm(None, None, vector, vector, 1e-5)] * count, dtype=torch.float32)
+    with pytest.raises(ValueError, match="running_var must have shape"):
+        bn_frozen([FrozenNorm(None, None, vector, vector[:4], 1e-5)], dtype=torch.float32)
 
 
 def test_meta_tensors_are_recorded_alone():
