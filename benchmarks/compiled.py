@@ -286,7 +286,7 @@ def heading(found: dict[str, Any], rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     us, floor = (sum(getattr(row, name) for row in rows) for name in ("projected_us", "floor_us"))
     return (
-        f"A {found['step']} step of {found['model']}, batch {found['batch']}, {found['size']}², {found['dtype']}, "
+        f"One step ({found['step']}) of {found['model']}, batch {found['batch']}, {found['size']}², {found['dtype']}, "
         f"compiled for sm_{found['sm']} and counted for {found['target']} ({versions}). "
         f"{found['launches']} launches of our kernels, {len(rows)} different ones: projected {us / 1e3:.1f} ms, floor "
         f"{floor / 1e3:.1f}; beside them {found['vendor']['launches']} convolutions of the vendor's, projected "

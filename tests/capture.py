@@ -64,7 +64,8 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations: the first tensor of a GEMM."""
-        first = next(value for _, value in self.arguments if isinstance(value, torch.dtype | Descriptor))
+        values = (item for _, value in self.arguments for item in (value if isinstance(value, tuple) else (value,)))
+        first = next(value for value in values if isinstance(value, torch.dtype | Descriptor))
         return first.dtype if isinstance(first, Descriptor) else first
 
 
