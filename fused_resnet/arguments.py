@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
@@ -31,7 +32,8 @@ class BatchNorm(NamedTuple):
 
     ``weight`` and ``bias`` may be None (1 and 0). ``training``: normalise with the batch's own statistics; the running
     ones, if given, are then updated, and ``num_batches_tracked``, if given, counts up. ``momentum`` None is the
-    cumulative average.
+    cumulative average. ``group``: the registered name of the process group whose batches are normalised together, in
+    training (``nn.SyncBatchNorm``); None: this process's batch alone.
     """
 
     weight: Tensor | None
@@ -42,13 +44,19 @@ class BatchNorm(NamedTuple):
     momentum: float | None = 0.1
     eps: float = 1e-5
     training: bool = True
+    group: str | None = None
+
+    @property
+    def sync(self) -> str:
+        """The group of which the statistics are, or ""."""
+        return self.group if self.group and self.training else ""
 
 
 Layer = tuple[Conv, BatchNorm]
 
 
-def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
-    """The record of an ``nn.BatchNorm2d`` as it stands now: its mode, momentum and eps included."""
+def batch_norm_of(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
+    """The record of a BatchNorm as it stands now: its mode, momentum and eps included, and its process group."""
     training, tracks = module.training, module.track_running_stats
     mean, var = module.running_mean, module.running_var
     return BatchNorm(
@@ -60,7 +68,17 @@ def batch_norm_of(module: nn.BatchNorm2d) -> BatchNorm:
         module.momentum,
         module.eps,
         training or (mean is None and var is None),
+        _group_of(module) if training and isinstance(module, nn.SyncBatchNorm) else None,
     )
+
+
+def _group_of(module: nn.SyncBatchNorm) -> str | None:
+    """The name of its process group; None where there is nobody else to ask, as PyTorch has it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = module.process_group or dist.group.WORLD
+    assert group is not None
+    return group.group_name if dist.get_world_size(group) > 1 else None
 
 
 def conv_of(module: nn.Conv2d) -> Conv:
@@ -112,7 +130,7 @@ def check_layer(
     if p < 1 or q < 1:
         raise ValueError(f"{name}: a {r}x{s} filter does not fit an input of {h}x{w} with padding {conv.padding}")
     check_bn(bn, co, device, name)
-    if bn.training:
+    if bn.training and not bn.group:
         check_count((n, co, p, q))
     return n, co, p, q
 

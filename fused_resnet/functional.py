@@ -136,7 +136,7 @@ def bn_add_relu(
         check_residual(residual, tuple(y.shape), y.device)
         if _widens(residual, y.dtype):
             return _add(bn_add_relu(y, bn, relu=False, route=route), residual, relu)
-    if bn.training:
+    if bn.training and not bn.group:
         check_count(tuple(y.shape))
     request = _request(route, y)
     elements = prod(_size(y, request))
@@ -148,7 +148,7 @@ def bn_add_relu(
     channels_last = is_channels_last(y)
     y, residual = nhwc(y), None if residual is None else nhwc(residual.to(y.dtype))
     keeps_mask = relu and residual is not None and _needs_grad(y, residual, bn.weight, bn.bias)
-    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter, keeps_mask)
+    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter, keeps_mask, bn.sync)
     out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
@@ -179,6 +179,7 @@ def stem(
         bn.training,
         keep,
         request.route,
+        sync=bn.sync,
         parameters=_dtype_name(weight.dtype),
     )
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
@@ -236,9 +237,9 @@ def conv_bn_chain(
         return _add(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
 
     everything = [*layers, projection] if projection else layers
-    training = everything[0][1].training
+    training, sync = everything[0][1].training, everything[0][1].sync
     for _, bn in everything:
-        if bn.training != training:
+        if bn.training != training or bn.sync != sync:
             return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
     request = _request(route, x)
     text, planned, reason = preflight.chain_plan_text(
@@ -253,6 +254,7 @@ def conv_bn_chain(
         _needs_grad(x, residual, *_parameters(*everything)),
         request.route,
         *memory,
+        sync=sync,
         parameters=_dtype_name(layers[0][0].weight.dtype),
     )
     if not _take(planned, reason, request, "a chain of convolutions"):
@@ -277,7 +279,7 @@ def conv_bn_chain(
 
 
 def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:
-    """One fused operation for a layer: of layers of which only some have frozen statistics."""
+    """One fused operation for a layer: of layers whose statistics are of different kinds, or of different processes."""
     return conv_bn_chain(x, (layer,), residual=residual, relu=relu, route=route)
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm
 
 from .arguments import BatchNorm, Layer
 from .reference import ops
+
+if dist.is_available():
+    from torch.distributed.nn.functional import all_gather
 
 
 def chain(
@@ -52,6 +57,10 @@ def bn_act(y: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Ten
     momentum = bn.momentum
     if momentum is None:
         momentum = 1.0 / float(bn.num_batches_tracked) if bn.num_batches_tracked is not None else 0.0
+    if bn.sync:
+        z = _synchronised(y, bn, momentum)
+        z = z if residual is None else z + residual
+        return z.relu() if relu else z
     return ops.bn_act(
         y,
         bn.weight,
@@ -64,6 +73,33 @@ def bn_act(y: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Ten
         residual=residual,
         relu=relu,
     )
+
+
+def _synchronised(y: Tensor, bn: BatchNorm, momentum: float) -> Tensor:
+    """``nn.SyncBatchNorm``'s function; on the CPU, where PyTorch has none, composed of functions that are there."""
+    group = dist.distributed_c10d._resolve_process_group(bn.sync)  # type: ignore[arg-type]
+    running = bn.running_mean, bn.running_var
+    if y.is_cuda:
+        return SyncBatchNorm.apply(y, bn.weight, bn.bias, *running, bn.eps, momentum, group, group.size())  # type: ignore[no-any-return]
+    rows = y.to(torch.promote_types(y.dtype, torch.float32)).transpose(0, 1).flatten(1)
+    count = rows.new_full((1,), rows.shape[1])
+    mean = rows.sum(1) / count.clamp(min=1)
+    packed = torch.cat([mean, (rows - mean[:, None]).square().sum(1), count])
+    gathered = torch.stack(all_gather(packed, group))
+    means, m2s, counts = gathered.split([len(mean), len(mean), 1], dim=1)
+    total = counts.sum().clamp(min=1)
+    mean = (counts * means).sum(0) / total
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    with torch.no_grad():
+        for moving, value in zip(running, (mean, m2 / (total - 1).clamp(min=1)), strict=True):
+            if moving is not None:
+                moving.lerp_(value.to(moving.dtype), momentum)
+    scale = (m2 / total + bn.eps).rsqrt()
+    shape = (1, -1, 1, 1)
+    z = (rows - mean[:, None]).unflatten(1, (y.shape[0], *y.shape[2:])).transpose(0, 1) * scale.view(shape)
+    z = z if bn.weight is None else z * bn.weight.view(shape)
+    z = z if bn.bias is None else z + bn.bias.view(shape)
+    return z.to(y.dtype)
 
 
 def count_batch(*bns: BatchNorm) -> None:

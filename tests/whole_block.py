@@ -33,6 +33,8 @@ class Block:
     dout: Tensor
     running: dict[str, Tensor] = field(default_factory=dict)
     """What the BatchNorms start from; ``run`` leaves what they end with in its results."""
+    group: str | None = None
+    """The process group whose images are normalised together."""
 
     @property
     def parts(self) -> dict[str, numerics.Layer]:
@@ -48,7 +50,7 @@ class Block:
             own = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in values]
             kept = self._buffers(part)
             conv = functional.Conv(own[0], part.stride, part.padding, part.dilation, part.groups)
-            operands[suffix] = (conv, functional.BatchNorm(own[1], own[2], *kept, eps=part.eps))
+            operands[suffix] = (conv, functional.BatchNorm(own[1], own[2], *kept, eps=part.eps, group=self.group))
             leaves |= {name + suffix: t for name, t in zip(("dw", "dgamma", "dbeta"), own, strict=True)}
             running |= {name + suffix: t for name, t in zip(RUNNING, kept, strict=True)}
         x = self.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()

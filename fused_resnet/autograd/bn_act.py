@@ -11,10 +11,11 @@ from ..launch import bn_act_grad, bn_stats
 from ..launch.bits import empty_bits
 from ..launch.nhwc import nhwc
 from ..plan.passes import pass_config, reduce_config
+from .layer import finalize, grad_finalize
 from .library import define, refuse_second_derivative
 
 Tensor = torch.Tensor
-Settings = tuple[bool, float, float, bool, int, bool, bool]
+Settings = tuple[bool, float, float, bool, int, bool, bool, str]
 
 
 def _size(t: Tensor) -> tuple[int, int, int]:
@@ -46,12 +47,14 @@ def _forward(
     sm_count: int,
     interpreter: bool,
     keeps_mask: bool,
+    sync: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels, itemsize = _size(y)
     if batch_statistics:
         tiles = bn_stats.bn_stats(y, reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter))
-        stats = bn_stats.bn_finalize(
+        stats = finalize(
             tiles,
+            sync,
             weight=gamma,
             bias=beta,
             running_mean=running_mean,
@@ -72,7 +75,7 @@ def _forward(
 
 def _forward_fake(y: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(y, memory_format=torch.channels_last)
-    return out, _mask(y, rest[-1]), torch.empty((4, y.shape[1]), dtype=_stats_dtype(y), device=y.device)
+    return out, _mask(y, rest[-2]), torch.empty((4, y.shape[1]), dtype=_stats_dtype(y), device=y.device)
 
 
 def _backward(
@@ -88,13 +91,14 @@ def _backward(
     relu: bool,
     sm_count: int,
     interpreter: bool,
+    sync: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout = nhwc(dout)
     rows, channels, itemsize = _size(y)
     reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
     bits, store_dz = mask if mask.numel() else None, needs_y or needs_residual
     dz, tiles = bn_act_grad.bn_act_grad_reduce(dout, y, stats, reducing, bits=bits, relu=relu, store_dz=store_dz)
-    dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
+    dgamma, dbeta, coeffs = grad_finalize(tiles, stats, gamma, rows, sync, wants_dy=needs_y)
     dy, dresidual = y.new_empty(0), y.new_empty(0)
     if needs_y:
         assert dz is not None
@@ -134,14 +138,14 @@ def _backward_fake(
 bn_act_forward = define(
     "bn_act_forward(Tensor y, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? counter, bool batch_statistics, float momentum, float eps, bool relu, "
-    "int sm_count, bool interpreter, bool keeps_mask) -> (Tensor, Tensor, Tensor)",
+    "int sm_count, bool interpreter, bool keeps_mask, str sync) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 bn_act_backward = define(
     "bn_act_backward(Tensor dout, Tensor y, Tensor mask, Tensor stats, Tensor? gamma, Tensor? beta, "
-    "bool needs_y, bool needs_residual, bool batch_statistics, bool relu, int sm_count, bool interpreter) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_y, bool needs_residual, bool batch_statistics, bool relu, int sm_count, bool interpreter, "
+    "str sync) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -168,10 +172,10 @@ class _BNAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, mask, stats, gamma, beta = ctx.saved_tensors
-        batch_statistics, _, _, *rest, _ = ctx.settings
+        batch_statistics, _, _, *rest, _, sync = ctx.settings
         wants = ctx.needs_input_grad[1:5]
         grads = refuse_second_derivative(
-            bn_act_backward, dout, y, mask, stats, gamma, beta, *wants[:2], batch_statistics, *rest
+            bn_act_backward, dout, y, mask, stats, gamma, beta, *wants[:2], batch_statistics, *rest, sync
         )
         wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
         return None, *wanted, None, None, None
@@ -179,5 +183,6 @@ class _BNAct(torch.autograd.Function):
 
 def bn_act(settings: Settings, *tensors: Tensor | None) -> Tensor:
     """``settings``: batch_statistics, momentum, eps, relu, sm_count, interpreter, keeps_mask (without a residual it
-    follows from y). ``tensors``: y, residual (both channels_last), gamma, beta, running_mean, running_var, counter."""
+    follows from y), sync (as of :func:`finalize`). ``tensors``: y, residual (both channels_last), gamma, beta,
+    running_mean, running_var, counter."""
     return _BNAct.apply(settings, *tensors)  # type: ignore[no-any-return]

@@ -12,13 +12,16 @@ from typing import NamedTuple
 import torch
 
 from ..launch.bn_act_grad import bn_grad_finalize
+from ..launch.collective import all_gather
 from ..launch.conv_fprop import Projection, conv_fprop
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.gram import GramGrads, gram, gram_backward, gram_finalize
+from ..launch.gram_bn import Others
 from ..launch.gram_dgrad import gram_dgrad
+from ..launch.gram_rows import gram_sums
 from ..launch.gram_wgrad import gram_wgrad
 from ..plan.plans import Plan
-from .layer import Layer, LayerGrad, Needs, Reduced
+from .layer import Layer, LayerGrad, Needs, Reduced, finalize_packed
 
 Tensor = torch.Tensor
 
@@ -60,17 +63,17 @@ def forward(
     """
     assert plan.gram is not None and plan.problem is not None
     problem, weight = plan.convs[-1].problem, layer.weight
-    pivot, of_pivot = (y_stats[:2], y_stats[2:]) if plan.gram.pivots else (None, None)
-    *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a, pivot=pivot)
-    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)
-    projection, kept_projection = None, None
+    sync, projection, kept_projection = plan.problem.sync, None, None
     if plan.gram.projection is not None:
         assert plan.projection is not None
         projected = plan.projection.problem
         pivot = pixels(x) if plan.gram.pivots else None
         *products, _ = gram(x, None, plan.gram.projection.gram, stride=projected.stride, pivot=pivot)
-        kept_projection = _statistics(projection_layer, projected.M, *products, pivot=pivot)
+        kept_projection = _statistics(projection_layer, projected.M, *products, sync=sync, pivot=pivot)
         projection = Projection(x, projection_layer.weight, projected, kept_projection.stats[2:])
+    pivot, of_pivot = (y_stats[:2], y_stats[2:]) if plan.gram.pivots else (None, None)
+    *products, a = gram(y, y_stats[2:], plan.gram.gram, store_a=plan.gram.stores_a, pivot=pivot)
+    kept = _statistics(layer, problem.M, *products, sync=sync, pivot=pivot, input_affine=of_pivot)
     out, _ = conv_fprop(
         y if a is None else a,
         weight,
@@ -107,26 +110,27 @@ def _statistics(
     products: Tensor,
     sums: Tensor,
     *,
+    sync: str,
     pivot: Tensor | None,
     input_affine: Tensor | None = None,
 ) -> Kept:
-    return Kept(
-        *gram_finalize(
-            products,
-            sums,
-            rows,
-            layer.weight,
-            gamma=layer.gamma,
-            beta=layer.beta,
-            running_mean=layer.running_mean,
-            running_var=layer.running_var,
-            momentum=layer.momentum,
-            eps=layer.eps,
-            counter=layer.counter,
-            pivot=pivot,
-            input_affine=input_affine,
-        )
+    found, *rest = gram_finalize(
+        products,
+        sums,
+        rows,
+        layer.weight,
+        gamma=layer.gamma,
+        beta=layer.beta,
+        running_mean=layer.running_mean,
+        running_var=layer.running_var,
+        momentum=layer.momentum,
+        eps=layer.eps,
+        counter=layer.counter,
+        pivot=pivot,
+        input_affine=input_affine,
+        packs=bool(sync),
     )
+    return Kept(finalize_packed(found, sync, **layer.bn) if sync else found, *rest)
 
 
 def backward(
@@ -171,11 +175,11 @@ def backward(
         )
     grads, below = LayerGrad(), None
     if needs.any or wants_dgrad:
-        small = _small(layer, kept, products, sum_dz, problem.M, plan.gram.centres)
+        small = _small(plan, layer, kept, products, sum_dz, problem.M, wants_dy=needs.weight or wants_dgrad)
         grads = _wanted(small, needs)
         if wants_dgrad:
             matrices, config = (small.aw, small.p, small.bias), plan.gram.dgrad
-            means = None if input_mean is None else (sum_dz, input_mean)
+            means = None if input_mean is None else (small.owed, input_mean)
             dx, tiles = gram_dgrad(dz, y, *matrices, y_stats, config, scales=small.scales, bits=bits, means=means)
             assert tiles is not None
             below = Reduced(dx, tiles)
@@ -192,28 +196,38 @@ def projection_backward(
     input_mean = kept.input_mean if plan.gram.centres else None
     products = conv_wgrad(x, dz, problem, configs.wgrad, input_mean=input_mean, out_dtype=kept.stats.dtype)
     # A copy, because the sum is the gradient of the other layer's beta as well.
-    small = _small(layer, kept, products, behind.sum_dz.clone(), problem.M, plan.gram.centres)
+    wants_dy = needs.weight or wants_dgrad
+    small = _small(plan, layer, kept, products, behind.sum_dz.clone(), problem.M, wants_dy=wants_dy)
     dx = None
     if wants_dgrad:
         matrices = small.aw, small.p, small.bias
-        means = None if input_mean is None else (behind.sum_dz, input_mean)
+        means = None if input_mean is None else (small.owed, input_mean)
         dx, _ = gram_dgrad(
             dz, x, *matrices, None, configs.dgrad, scales=small.scales, stride=problem.stride, means=means
         )
     return _wanted(small, needs), dx
 
 
-def _small(layer: Layer, kept: Kept, products: Tensor, sum_dz: Tensor, rows: int, input_is_centred: bool) -> GramGrads:
+def _small(
+    plan: Plan, layer: Layer, kept: Kept, products: Tensor, sum_dz: Tensor, rows: int, *, wants_dy: bool
+) -> GramGrads:
     """The gradients of a layer's parameters, and the small matrices of its input's."""
+    assert plan.gram is not None and plan.problem is not None
+    centred, sync, others = plan.gram.centres, plan.problem.sync, None
+    if sync:
+        packed = gram_sums(products, kept.input_mean, kept.stats, layer.weight, sum_dz, rows, centred=centred)
+        # Without anybody who wants dy nobody else is asked: gradients of parameters are by this process's rows alone.
+        others = Others(all_gather(packed, sync) if wants_dy else packed[None], kept.input_mean)
     return gram_backward(
         products,
         kept.covariance,
-        None if input_is_centred else kept.input_mean,
+        None if centred else kept.input_mean,
         kept.stats,
         layer.weight,
         sum_dz,
         rows,
         out_dtype=layer.weight_dtype,
+        others=others,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import bn_act, bn_act_grad, bn_stats
+from ..launch import bn_act, bn_act_grad, bn_stats, bn_sync
 from ..launch.bits import empty_bits
 from ..launch.cast import cast, is_castable
+from ..launch.collective import all_gather
 from ..launch.record import note
 from ..launch.tiles import StatTiles
 from ..plan.config import PassConfig
@@ -34,6 +35,19 @@ class Layer(NamedTuple):
     momentum: float
     eps: float
     weight_dtype: torch.dtype
+
+    @property
+    def bn(self) -> dict[str, Any]:
+        """What finishes its statistics, and the running ones that it updates."""
+        return {
+            "weight": self.gamma,
+            "bias": self.beta,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "counter": self.counter,
+        }
 
 
 class Needs(NamedTuple):
@@ -61,12 +75,16 @@ class Reduced(NamedTuple):
 
 
 class Passes:
-    """The bandwidth-bound kernels with the configurations that the plan's target wants."""
+    """The bandwidth-bound kernels with the configurations that the plan's target wants.
+
+    ``sync`` names the group of processes whose rows the statistics are of, or is empty: of this one's alone.
+    """
 
     def __init__(self, plan: Plan) -> None:
         assert plan.problem is not None
         self.plan = plan
         self.batch = plan.problem.batch_statistics
+        self.sync = plan.problem.sync
 
     def _config(self, pick: Callable[..., PassConfig], t: Tensor) -> PassConfig:
         n, c, h, w = t.shape
@@ -74,6 +92,9 @@ class Passes:
 
     def stats(self, y: Tensor) -> StatTiles:
         return bn_stats.bn_stats(y, self._config(reduce_config, y))
+
+    def finalize(self, layer: Layer, tiles: StatTiles) -> Tensor:
+        return finalize(tiles, self.sync, **layer.bn)
 
     def act(
         self,
@@ -91,6 +112,11 @@ class Passes:
     def grad_reduce(self, dout: Tensor, y: Tensor | None, stats: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         config = self._config(reduce_config, dout)
         return bn_act_grad.bn_act_grad_reduce(dout, y, stats, config, **options)  # type: ignore[arg-type, return-value]
+
+    def grad_finalize(
+        self, tiles: Tensor, stats: Tensor, gamma: Tensor | None, rows: int, *, wants_dy: bool, row: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return grad_finalize(tiles, stats, gamma, rows, self.sync, wants_dy=wants_dy, row=row)
 
     def grad_apply(self, dz: Tensor, y: Tensor | None, coeffs: Tensor) -> Tensor:
         return bn_act_grad.bn_grad_apply(dz, y, coeffs, self._config(pass_config, dz))
@@ -123,17 +149,33 @@ def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def finalize(layer: Layer, tiles: StatTiles) -> Tensor:
-    return bn_stats.bn_finalize(
-        tiles,
-        weight=layer.gamma,
-        bias=layer.beta,
-        running_mean=layer.running_mean,
-        running_var=layer.running_var,
-        momentum=layer.momentum,
-        eps=layer.eps,
-        counter=layer.counter,
-    )
+def finalize(tiles: StatTiles, sync: str, **bn: Any) -> Tensor:
+    """stats [4, C] of the rows in ``tiles``, and of those of the other processes of the group ``sync``, if any.
+
+    ``bn``: the parameters, :attr:`Layer.bn`.
+    """
+    if sync:
+        return finalize_packed(bn_sync.bn_sync_pack(tiles), sync, **bn)
+    return bn_stats.bn_finalize(tiles, **bn)
+
+
+def finalize_packed(packed: Tensor, sync: str, **bn: Any) -> Tensor:
+    """The same of what this process has to tell the others."""
+    return bn_sync.bn_sync_finalize(all_gather(packed, sync), **bn)
+
+
+def grad_finalize(
+    tiles: Tensor, stats: Tensor, gamma: Tensor | None, rows: int, sync: str, *, wants_dy: bool, row: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dgamma, dbeta, coeffs) as ``bn_grad_finalize`` gives them, dy's coefficients by the sums of the whole ``sync``.
+
+    dgamma and dbeta are of this process's rows, as those that data parallelism averages: where nobody ``wants_dy``,
+    nobody else is asked, and the coefficients mean nothing.
+    """
+    if not sync or not wants_dy:
+        return bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows, row=row)
+    packed = bn_sync.bn_sync_grad_pack(tiles, rows, row=row)
+    return bn_sync.bn_sync_grad_finalize(all_gather(packed, sync), packed, stats, gamma)
 
 
 def frozen_stats(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:

@@ -29,16 +29,19 @@ ROUTE = 7
 
 
 @torch.compiler.assume_constant_result
-def chain_plan_text(device: torch.device, dtype: str, *problem: Any, parameters: str) -> tuple[str, str, str]:
+def chain_plan_text(
+    device: torch.device, dtype: str, *problem: Any, parameters: str, sync: str = ""
+) -> tuple[str, str, str]:
     """:func:`planner.chain_plan_text` with the same arguments, of a plan whose kernels compile on ``device``.
 
     ``parameters``: the dtype of the weights. Where a plan fails, the reason of what is taken instead says why.
     """
-    planned = planner.chain_plan_text(device, dtype, *problem)
+    planned = planner.chain_plan_text(device, dtype, *problem, sync=sync)
     complaint = refusal = _why_not(planned[0], device, parameters)
     for route in ("staged", "reference") if complaint else ():
         if refusal:
-            text, taken, _ = planner.chain_plan_text(device, dtype, *problem[:ROUTE], route, *problem[ROUTE + 1 :])
+            asked = (*problem[:ROUTE], route, *problem[ROUTE + 1 :])
+            text, taken, _ = planner.chain_plan_text(device, dtype, *asked, sync=sync)
             planned, refusal = (text, taken, complaint), _why_not(text, device, parameters)
     # A warning would disturb a compiler's tracing, and plain PyTorch is mentioned by whoever takes it.
     if complaint and planned[0] and not torch.compiler.is_compiling():

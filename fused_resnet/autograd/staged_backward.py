@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from ..launch import vendor
-from ..launch.bn_act_grad import bn_grad_finalize
 from ..launch.conv_dgrad import conv_dgrad
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.record import note
@@ -146,6 +145,26 @@ def backward(
         dz_out, pending = reduced.dz, reduced
     dresidual = dz_out if needs_residual and problem.residual == "given" else None
 
+    def step_of(i: int) -> _Step:
+        below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
+        assert below is not None
+        return _Step(
+            conv=plan.convs[i],
+            layer=layers[i],
+            input=below,
+            input_stats=below_stats if batch else None,
+            y=saved.ys[i] if batch else None,
+            stats=saved.stats[i],
+            needs=needs[i],
+            wants_dgrad=needs_x or lowest < i,
+            formed_input=saved.a1 if i == 1 else None,
+        )
+
+    of_last = None
+    if not gram and lowest <= last:  # before the projection's: processes talk in one order, whatever their routes
+        assert reduced is not None
+        of_last = _sums(passes, step_of(last), reduced)
+
     dx_residual, residual_stride, residual_bits = None, (1, 1), None
     if problem.residual == "identity":
         dx_residual, residual_bits = dz_out, behind.bits if behind is not None else None
@@ -161,39 +180,37 @@ def backward(
     elif wants_projection:
         assert plan.projection is not None and reduced is not None
         step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
-        grads[-1], gradient = _layer_backward(passes, step, *reduced, row=2 if batch else 1)
+        sums = _sums(passes, step, reduced, row=2 if batch else 1)
+        grads[-1], gradient = _layer_backward(passes, step, reduced.dz, sums)
         if needs_x:
             dx_residual, residual_stride = _projection_grad(step, gradient)
 
     dx = None
     for i in range(last - 1 if gram else last, lowest - 1, -1):
-        below, below_stats = (x, None) if i == 0 else (saved.ys[i - 1], saved.stats[i - 1])
-        assert below is not None and pending is not None
-        step = _Step(
-            conv=plan.convs[i],
-            layer=layers[i],
-            input=below,
-            input_stats=below_stats if batch else None,
-            y=saved.ys[i] if batch else None,
-            stats=saved.stats[i],
-            needs=needs[i],
-            wants_dgrad=needs_x or lowest < i,
-            formed_input=saved.a1 if i == 1 else None,
-        )
-        grads[i], gradient = _layer_backward(passes, step, *pending, row=1)
-        if step.wants_dgrad and below_stats is not None:
-            pending = Reduced(*_masked_dgrad(passes, step, below_stats, gradient))
+        assert pending is not None
+        step = step_of(i)
+        sums = of_last if i == last and of_last is not None else _sums(passes, step, pending)
+        grads[i], gradient = _layer_backward(passes, step, pending.dz, sums)
+        if step.wants_dgrad and i > 0:
+            pending = Reduced(*_masked_dgrad(passes, step, saved.stats[i - 1], gradient))
         elif step.wants_dgrad:
             dx = input_grad(step.conv, step.layer.weight, x, gradient, dx_residual, residual_stride, residual_bits)
     return dx, dresidual, grads
 
 
+def _sums(passes: Passes, step: _Step, reduced: Reduced, row: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """dgamma, dbeta and the coefficients of dy."""
+    wants_dy = step.wants_dgrad or step.needs.weight
+    rows, gamma = step.conv.problem.M, step.layer.gamma
+    return passes.grad_finalize(reduced.tiles, step.stats, gamma, rows, wants_dy=wants_dy, row=row)
+
+
 def _layer_backward(
-    passes: Passes, step: _Step, dz: Tensor, tiles: Tensor, row: int
+    passes: Passes, step: _Step, dz: Tensor, sums: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[LayerGrad, Gradient | Formed]:
     """dW, dgamma, dbeta of one layer, and the gradient of its conv's output: formed if a kernel wants it formed."""
     conv, layer, stats = step.conv, step.layer, step.stats
-    dgamma, dbeta, coeffs = bn_grad_finalize(tiles, stats, layer.gamma, conv.problem.M, row=row)
+    dgamma, dbeta, coeffs = sums
     gradient: Gradient | Formed = Gradient(dz, step.y, coeffs)  # without y (frozen statistics) dy = A*dz
     if step.needs_forming:
         gradient = Formed(passes.grad_apply(dz, step.y, coeffs))

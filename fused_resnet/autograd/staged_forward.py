@@ -19,7 +19,7 @@ from ..launch.tiles import StatTiles
 from ..plan.plans import ConvPlan, Plan
 from . import gram as gram_route
 from . import single as single_route
-from .layer import Layer, Passes, empty_mask, finalize, frozen_stats
+from .layer import Layer, Passes, empty_mask, frozen_stats
 
 Tensor = torch.Tensor
 
@@ -84,7 +84,7 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
     passes = Passes(plan)
     ys: list[Tensor | None] = []
     stats: list[Tensor] = []
-    y, pending = x, None
+    y, pending, last = x, None, len(plan.convs) - 1
     written = plan.convs if plan.gram is None else plan.convs[:-1]
     a1 = None
     for i, (conv, layer) in enumerate(zip(written, layers, strict=False)):
@@ -93,21 +93,24 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
             y = a1 = passes.act(y, pending)
             pending = None
         y, tiles = conv_raw(passes, conv, layer.weight, y, pending)
-        pending = finalize(layer, tiles)
         ys.append(y)
-        stats.append(pending)
-    assert pending is not None
+        if i < last:
+            pending = passes.finalize(layer, tiles)
+            stats.append(pending)
     residual_stats = None
     if plan.projection is not None and plan.gram_projection is None:
-        residual, tiles = conv_raw(passes, plan.projection, layers[-1].weight, x, None)
-        residual_stats = finalize(layers[-1], tiles)
+        residual, of_residual = conv_raw(passes, plan.projection, layers[-1].weight, x, None)
+        residual_stats = passes.finalize(layers[-1], of_residual)
     elif plan.problem.residual == "identity":
         residual = x
+    if plan.gram is None:  # the projection's come before: processes talk in one order, whatever their routes
+        pending = passes.finalize(layers[last], tiles)
+        stats.append(pending)
+    assert pending is not None
     mask = empty_mask(plan, x)
     means: list[Tensor | None] = [None, None]
     if plan.gram is not None:
-        last = layers[len(written)]
-        out, *kept = gram_route.forward(plan, last, y, pending, residual, residual_stats, layers[-1], x, mask)
+        out, *kept = gram_route.forward(plan, layers[last], y, pending, residual, residual_stats, layers[-1], x, mask)
         for i, each in enumerate(kept):
             if each is not None:
                 ys.append(each.covariance)

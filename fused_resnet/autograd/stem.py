@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ..launch import bn_act_grad, stem_pool
+from ..launch import stem_pool
 from ..launch.nhwc import nhwc
 from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
-from .layer import Layer, Passes, finalize, frozen_stats, operands
+from .layer import Layer, Passes, frozen_stats, operands
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
 from .staged_forward import conv_only, conv_raw
@@ -58,7 +58,7 @@ def _forward(
     layer = Layer(w, gamma, beta, running_mean, running_var, counter, momentum, eps, weight.dtype)
     if decoded.problem.batch_statistics:
         y, tiles = conv_raw(passes, conv, w, x, None)
-        stats = finalize(layer, tiles)
+        stats = passes.finalize(layer, tiles)
     else:
         y = conv_only(conv, w, x)
         (stats,) = frozen_stats([layer], x)
@@ -90,14 +90,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     decoded = decode(plan)
     assert decoded.problem is not None
-    conv, dout = decoded.convs[0], nhwc(dout)
-    rows = conv.problem.M
+    passes, conv, dout = Passes(decoded), decoded.convs[0], nhwc(dout)
     config = window_config(y.shape[1], interpreter=decoded.interpreter)
     tiles = stem_pool.stem_pool_grad_reduce(dout, index, out, y, stats, config)
-    dgamma, dbeta, coeffs = bn_act_grad.bn_grad_finalize(tiles, stats, gamma, rows)
+    wants_dy = needs_x or needs_weight
+    dgamma, dbeta, coeffs = passes.grad_finalize(tiles, stats, gamma, conv.problem.M, wants_dy=wants_dy)
     empty = x.new_empty(0)
     dx, dw = empty, empty.clone()
-    if needs_x or needs_weight:
+    if wants_dy:
         if not decoded.problem.batch_statistics:
             coeffs = torch.cat([stats[2:3], torch.zeros_like(stats[:2])])
         dy = stem_pool.stem_pool_grad_apply(dout, index, out, y, coeffs, config)
@@ -105,7 +105,7 @@ def _backward(
         if needs_x or conv.wgrad.config is None:  # our weight gradient reads no weight
             (w,) = operands([weight], x.dtype)
         if needs_weight:
-            dw = wgrad(Passes(decoded), conv, w, x, None, Formed(dy), weight.dtype)
+            dw = wgrad(passes, conv, w, x, None, Formed(dy), weight.dtype)
         if needs_x:
             dx = input_grad(conv, w, x, Formed(dy), None, (1, 1))
     return (

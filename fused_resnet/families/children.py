@@ -107,7 +107,7 @@ def why_not_norm(norm: object) -> Obstacle | None:
 def norm_reader(norm: nn.Module) -> ReadNorm | None:
     """What reads ``norm`` as a record; None for a kind of normalisation that is not fused."""
     kind = type(norm)
-    if kind is nn.BatchNorm2d or has_activation(norm):
+    if kind in (nn.BatchNorm2d, nn.SyncBatchNorm) or has_activation(norm):
         return batch_norm_of  # type: ignore[return-value]
     # torchvision's and detectron2's, and transformers' DetrFrozenBatchNorm2d and its kin: four buffers and an eps
     if kind.__name__.endswith("FrozenBatchNorm2d") and {*VECTORS} <= norm._buffers.keys():
@@ -121,9 +121,9 @@ def _frozen_eps(norm: nn.Module) -> object:
 
 
 def has_activation(norm: nn.Module) -> bool:
-    """Whether ``norm`` is timm's BatchNorm2d that goes on to its children ``drop`` and ``act``."""
+    """Whether ``norm`` is one of timm's BatchNorms that go on to their children ``drop`` and ``act``."""
     kind = type(norm)
-    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+    return kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct") and kind.__module__.startswith("timm.")
 
 
 TINY = torch.finfo(torch.float32).tiny

@@ -76,7 +76,7 @@ def gather(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> l
         if obstacle is not None:
             return obstacle
         if has_activation(norm):  # type: ignore[arg-type]
-            todo[:0] = calls((norm.drop, norm.act))  # type: ignore[union-attr, arg-type]
+            todo[:0] = calls((getattr(norm, "drop", None), getattr(norm, "act", None)))
         relu = bool(todo) and _is_relu(todo[0])
         if relu:
             todo.pop(0)

@@ -194,7 +194,10 @@ def _why_not(block: nn.Module) -> Obstacle | None:
 
 
 def _copy(block: nn.Module) -> nn.Module:
-    """``block`` in float64 on the CPU, its values to be filled in; without hooks, which are somebody else's."""
+    """``block`` in float64 on the CPU, its values to be filled in; without hooks, which are somebody else's.
+
+    What other processes would be asked for is normalised alone.
+    """
     memo: dict[int, Any] = {}
     for module in block.modules():
         hooks = (value for name, value in vars(module).items() if name.endswith("_hooks"))
@@ -203,7 +206,11 @@ def _copy(block: nn.Module) -> nn.Module:
         dtype = torch.float64 if t.is_floating_point() else t.dtype
         made = torch.zeros(t.shape, dtype=dtype, device="cpu")
         memo[id(t)] = nn.Parameter(made) if isinstance(t, nn.Parameter) else made
-    return copy.deepcopy(block, memo)
+    copied = copy.deepcopy(block, memo)
+    for module in copied.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    return copied
 
 
 def _results(block: nn.Module) -> list[Tensor]:

@@ -31,7 +31,9 @@ import triton
 import triton.language as tl
 
 from .bn_stats import store_stats, update_running
+from .bn_sync import rank_sums, store_packed
 from .gram import pivot_row
+from .gram_rows import row_products
 
 
 @triton.jit
@@ -70,8 +72,10 @@ def gram_finalize_kernel(
     Q,
     inverse_rows: tl.float64,
     unbiased: tl.float64,
+    rows: tl.float64,
     eps: tl.float64,
     momentum: tl.float64,
+    PACKS: tl.constexpr,
     HAS_PIVOT: tl.constexpr,
     SEEN: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
@@ -90,7 +94,7 @@ def gram_finalize_kernel(
     """One program per BLOCK_Q output channels.
 
     M * Cov = G - c mᵀ may cancel most of G. Two fused multiply-adds, with the mean in two parts, round only what is
-    left, as float64 would.
+    left, as float64 would. ``PACKS``: ``stats_ptr`` takes up what the process tells others of its rows (bn_sync.py).
     """
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_n = tl.arange(0, BLOCK_N)
@@ -131,6 +135,9 @@ def gram_finalize_kernel(
             tl.store(m_ptr + offs_j, m_j, mask=mask_j)
 
     var = tl.where(var < 0.0, 0.0, var)
+    if PACKS:
+        store_packed(stats_ptr, mean, (var * rows).to(ACC), rows, Q, offs_q, mask_q)
+        return
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, Q, offs_q, mask_q, HAS_WEIGHT, HAS_BIAS)
     if HAS_COUNTER:
         momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
@@ -162,17 +169,26 @@ def gram_backward_kernel(
     dw_ptr,
     aw_ptr,
     scales_ptr,
+    gathered_ptr,
+    owed_ptr,
+    ranks,
     P,
     Q,
     inverse_rows: tl.float64,
-    HAS_M: tl.constexpr,
+    rows: tl.float64,
+    CENTRED: tl.constexpr,
+    SYNC: tl.constexpr,
     SCALED: tl.constexpr,
     ALL_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dgamma, S, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most."""
+    """dgamma, S, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most.
+
+    ``CENTRED``: T is that of a centred input. ``SYNC``: S is by the sums of all processes, and ``owed`` is made.
+    """
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
@@ -181,22 +197,22 @@ def gram_backward_kernel(
     coeff_a = tl.load(stats_ptr + 2 * Q + offs_q, mask=mask_q, other=0.0)
     dbeta = tl.load(dbeta_ptr + offs_q, mask=mask_q, other=0.0)
 
-    along = tl.zeros((BLOCK_Q,), dtype=ACC)
-    widest = tl.zeros((BLOCK_Q,), dtype=ACC)
-    for start in range(0, P, BLOCK_P):
-        offs_n = start + offs_p
-        mask_n = offs_n < P
-        mask = mask_q[:, None] & mask_n[None, :]
-        w = tl.load(w_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0).to(ACC)
-        centred = tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0)
-        if HAS_M:  # else T is that of a centred input already
-            centred -= dbeta[:, None] * tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        along += tl.sum(w * centred, axis=1)
-        if SCALED:
-            widest = tl.maximum(widest, tl.max(tl.abs(w), axis=1))
-    dgamma = rstd * along
-    slope = -rstd * dgamma
-    share = (slope * inverse_rows).to(ACC)
+    along, of_mean, widest = row_products(
+        t_ptr, m_ptr, w_ptr, dbeta, rows_q, mask_q, P, CENTRED, SYNC, SCALED, BLOCK_Q, BLOCK_P, ACC
+    )
+    owed = dbeta
+    if SYNC:
+        off = of_mean - tl.load(stats_ptr + offs_q, mask=mask_q, other=0.0)
+        sum_dz, sum_dz_y, all_rows = rank_sums(gathered_ptr, ranks, offs_q, Q, ACC, BLOCK_R, BLOCK_Q)
+        dgamma = rstd * (along + dbeta * off)
+        share = -rstd * (rstd * sum_dz_y) / all_rows
+        slope = (share * rows).to(ACC)
+        owed = (sum_dz / all_rows * rows).to(ACC) - slope * off
+        tl.store(owed_ptr + offs_q, owed, mask=mask_q)
+    else:
+        dgamma = rstd * along
+        slope = -rstd * dgamma
+        share = (slope * inverse_rows).to(ACC)
     slope *= coeff_a
     tl.store(dgamma_ptr + offs_q, dgamma, mask=mask_q)
     tl.store(s_ptr + offs_q, share, mask=mask_q)
@@ -219,8 +235,9 @@ def gram_backward_kernel(
         w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(ACC)
         v = tl.load(v_ptr + offs, mask=mask, other=0.0)
         centred = tl.load(t_ptr + offs, mask=mask, other=0.0)
-        if HAS_M:
-            centred -= dbeta[:, None] * tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+        if SYNC or not CENTRED:
+            left = owed - dbeta if CENTRED else owed
+            centred -= left[:, None] * tl.load(m_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         dw = coeff_a[:, None] * centred + slope[:, None] * v
         tl.store(dw_ptr + offs, dw.to(dw_ptr.dtype.element_ty), mask=mask)
         tl.store(aw_ptr + offs, (scaled_a[:, None] * w).to(aw_ptr.dtype.element_ty), mask=mask)

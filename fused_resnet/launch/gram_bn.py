@@ -14,6 +14,9 @@ from .bn_stats import _require_channels
 from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_rows, require_shape
 from .record import launch
 
+MOST_RANKS = 32
+"""Processes whose sums a program adds up at once."""
+
 
 class GramGrads(NamedTuple):
     """What :func:`gram_backward` computes. ``aw`` and ``p`` are multiplied by ``scales`` where those are not None."""
@@ -25,6 +28,15 @@ class GramGrads(NamedTuple):
     p: torch.Tensor
     bias: torch.Tensor | None
     scales: torch.Tensor | None
+    owed: torch.Tensor
+
+
+class Others(NamedTuple):
+    """What statistics over the processes of a group take of them: ``gathered`` [R, 2 q + 1], the rows that
+    :func:`gram_sums` makes. ``input_mean`` [p] is that of this process's rows alone."""
+
+    gathered: torch.Tensor
+    input_mean: torch.Tensor
 
 
 def gram_finalize(
@@ -42,11 +54,13 @@ def gram_finalize(
     counter: torch.Tensor | None = None,
     pivot: torch.Tensor | None = None,
     input_affine: torch.Tensor | None = None,
+    packs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(stats [4, q], V = W Cov [q, p], its input's mean [p]) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
 
     ``g`` and ``c`` are :func:`gram`'s, and ``pivot``, ``input_affine`` what it had, if it had a pivot. The BatchNorm
-    arguments are those of ``bn_finalize``, which this replaces.
+    arguments are those of ``bn_finalize``, which this replaces; with ``packs`` they are not looked at, and in place of
+    the stats comes what ``bn_sync_pack`` makes, [2 q + 1].
     """
     q, p = _require_weight(weight)
     require_shape(g, (p, p), "g")
@@ -62,8 +76,11 @@ def gram_finalize(
         raise ValueError(f"statistics of {rows} rows")
     if counter is not None and counter.dtype != torch.int64:
         raise ValueError(f"counter must be int64, got {counter.dtype}")
-    stats = torch.empty((4, q), dtype=acc_dtype, device=g.device)
-    _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    stats = torch.empty(2 * q + 1 if packs else (4, q), dtype=acc_dtype, device=g.device)
+    if packs:
+        gamma = beta = running_mean = running_var = counter = None
+    else:
+        _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     v = torch.empty((q, p), dtype=acc_dtype, device=g.device)
     m = torch.empty((p,), dtype=acc_dtype, device=g.device)
     parts = 3 if weight.dtype == torch.bfloat16 else 0
@@ -95,8 +112,10 @@ def gram_finalize(
         Q=q,
         inverse_rows=1.0 / rows,
         unbiased=rows / max(rows - 1, 1),
+        rows=float(rows),
         eps=float(eps),
         momentum=float(momentum),
+        PACKS=packs,
         HAS_PIVOT=pivot is not None,
         SEEN=1 if pivot is None else len(pivot),
         HAS_AFFINE=input_affine is not None,
@@ -125,6 +144,7 @@ def gram_backward(
     rows: int,
     *,
     out_dtype: torch.dtype,
+    others: Others | None = None,
 ) -> GramGrads:
     """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
 
@@ -134,7 +154,10 @@ def gram_backward(
     Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [terms, p, p]
     (in the weight's dtype; two terms of 16 bits, or one), bias [p] with which da = dz AW + a P[0] (+ a P[1]) + bias;
     for float16 ``scales`` [2], powers of two by which AW and P are multiplied, else None. Without ``m`` there is no
-    bias (None): that is the gradient of dz and a minus their means.
+    bias (None): that is the gradient of a minus its mean and dz minus ``owed`` / rows, its mean as well.
+
+    ``others``: ``stats`` are of the rows of several processes. dgamma, dbeta and dW are by this one's alone, as those
+    that data parallelism averages, AW, P and the bias make the gradient through all of them; ``owed`` is no mean then.
     """
     q, p = _require_weight(weight)
     if t.dim() == 4:
@@ -143,6 +166,9 @@ def gram_backward(
     shapes = {"t": (t, (q, p)), "v": (v, (q, p)), "stats": (stats, (4, q)), "sum_dz": (sum_dz, (q,))}
     if m is not None:
         shapes["m"] = (m, (p,))
+    if others is not None:
+        ranks = others.gathered.shape[0]
+        shapes |= {"input_mean": (others.input_mean, (p,)), "gathered": (others.gathered, (ranks, 2 * q + 1))}
     for name, (tensor, shape) in shapes.items():
         require_shape(tensor, shape, name)
         require_dtype(tensor, acc_dtype, name)
@@ -160,20 +186,22 @@ def gram_backward(
     product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
     bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
     scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
+    owed = sum_dz if others is None else torch.empty_like(sum_dz)
     common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats)}
     all_q = next_power_of_2(q) if scaled else 1
 
     rows_config = gram_rows_config(p, interpreter=interpreter)
+    others_touched = () if others is None else (others.gathered, owed)
     launch(
         gram_backward_kernel,
         (ceil_div(q, rows_config.block_m),),
-        touched=(t, v, m, stats, weight, sum_dz, dgamma, share, bound, dw, aw),
+        touched=(t, v, m, stats, weight, sum_dz, dgamma, share, bound, dw, aw, *others_touched),
         flops=0,
         config=rows_config,
         device=device,
         t_ptr=t,
         v_ptr=v,
-        m_ptr=m,
+        m_ptr=m if others is None else others.input_mean,
         stats_ptr=stats,
         w_ptr=weight,
         dbeta_ptr=sum_dz,
@@ -183,9 +211,15 @@ def gram_backward(
         dw_ptr=dw,
         aw_ptr=aw,
         scales_ptr=scales,
+        gathered_ptr=None if others is None else others.gathered,
+        owed_ptr=owed,
+        ranks=0 if others is None else others.gathered.shape[0],
         inverse_rows=1.0 / rows,
-        HAS_M=m is not None,
+        rows=float(rows),
+        CENTRED=m is None,
+        SYNC=others is not None,
         ALL_Q=all_q,
+        BLOCK_R=1 if others is None else min(next_power_of_2(others.gathered.shape[0]), MOST_RANKS),
         BLOCK_Q=rows_config.block_m,
         BLOCK_P=rows_config.block_c,
         **common,
@@ -213,19 +247,19 @@ def gram_backward(
         **{**common, "ACC": tl.float64 if terms == 1 else tl.float32},  # the one term of P: all that float32 holds
     )
     if m is None:
-        return GramGrads(dw, dgamma, sum_dz, aw, product, None, scales)
+        return GramGrads(dw, dgamma, sum_dz, aw, product, None, scales, owed)
     bias = torch.empty((p,), dtype=acc_dtype, device=device)
     bias_config = gram_bias_config(p, interpreter=interpreter)
     launch(
         gram_bias_kernel,
         (ceil_div(p, bias_config.block_c),),
-        touched=(aw, product, sum_dz, m, scales, bias),
+        touched=(aw, product, owed, m, scales, bias),
         flops=0,
         config=bias_config,
         device=device,
         aw_ptr=aw,
         p_ptr=product,
-        dbeta_ptr=sum_dz,
+        dbeta_ptr=owed,
         m_ptr=m,
         scales_ptr=scales,
         bias_ptr=bias,
@@ -235,7 +269,7 @@ def gram_backward(
         BLOCK_N=bias_config.block_c,
         **common,
     )
-    return GramGrads(dw, dgamma, sum_dz, aw, product, bias, scales)
+    return GramGrads(dw, dgamma, sum_dz, aw, product, bias, scales, owed)
 
 
 def _require_weight(weight: torch.Tensor) -> tuple[int, int]:

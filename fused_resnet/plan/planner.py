@@ -55,7 +55,8 @@ def _measured_route(problem: ChainProblem, target: Target) -> tuple[str, str] | 
     measured = None if target.interpreter else tables.routes_of(problem, target)
     if measured is None:
         return None
-    refused = [route for route, why in (("single", why_not_single), ("gram", why_not_gram)) if why(problem, route)]
+    refused = ["reference"] if problem.sync else []  # a process must not be the only one to leave the kernels
+    refused += [route for route, why in (("single", why_not_single), ("gram", why_not_gram)) if why(problem, route)]
     times = {route: us for route, us in measured.us.items() if route in ROUTES[1:] and route not in refused}
     return (min(times, key=lambda route: times[route]), measured.reason) if times else None
 
@@ -104,6 +105,7 @@ def chain_plan_text(
     route: str,
     recompute: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    sync: str = "",
 ) -> tuple[str, str, str]:
     """The encoded plan of a chain over an input of ``shape`` [N, Ci, H, W] ("" for the reference), its route, and why.
 
@@ -117,7 +119,7 @@ def chain_plan_text(
         return "", "reference", why_not(device) or "no target"
     if not found.interpreter:
         store.load()
-    problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute, keep)
+    problem = (dtype, shape, convs, projection, residual, relu, batch_statistics, backward, recompute, keep, sync)
     return _chain_text(found, route, *problem)
 
 
@@ -139,6 +141,7 @@ def chain_problem(
     backward: bool,
     recompute: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    sync: str = "",
 ) -> ChainProblem:
     """The problem of a chain whose convolutions follow each other over an input of ``shape``."""
 
@@ -152,7 +155,7 @@ def chain_problem(
         problems.append(conv(size, geometry))
         size = (size[0], problems[-1].Co, problems[-1].P, problems[-1].Q)
     shortcut = conv(shape, projection) if projection else None
-    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward, recompute, keep)
+    return ChainProblem(tuple(problems), shortcut, residual, relu, batch_statistics, backward, recompute, keep, sync)
 
 
 @torch.compiler.assume_constant_result

@@ -78,7 +78,8 @@ class ChainProblem:
     "given" (any tensor of the output's shape). ``relu`` is that of the last layer; those between have one always.
     ``batch_statistics`` tells training-mode BN from frozen ones; ``backward`` whether a gradient may be asked for.
     ``recompute`` names what backward computes again rather than keep: "y1", the first convolution's output; ``keep``
-    what it keeps rather than form again: "a1", that output behind its BN and ReLU.
+    what it keeps rather than form again: "a1", that output behind its BN and ReLU. ``sync`` names the group of
+    processes whose batches the statistics are of, all together; empty: this one's alone.
     """
 
     convs: tuple[ConvProblem, ...]
@@ -89,6 +90,7 @@ class ChainProblem:
     backward: bool = True
     recompute: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    sync: str = ""
 
 
 @dataclass(frozen=True)

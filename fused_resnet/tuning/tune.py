@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def chains_of(
     """The chains that a step of ``model`` runs on ``target``, and how often each; whatever route they take today."""
     with assume(Assumption(target)), use_route("staged"):
         shares = rehearse(model, inputs, dtype, training)
-    found = Counter(plan.problem for share in shares.values() for plan in share.plans if plan and plan.problem)
+    problems = [plan.problem for share in shares.values() for plan in share.plans if plan and plan.problem]
+    found = Counter(replace(problem, sync="") for problem in problems)  # what is measured is one process's work
     return Counter({problem: -(-count // (1 + problem.backward)) for problem, count in found.items()})
 
 

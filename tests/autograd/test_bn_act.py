@@ -109,4 +109,4 @@ def test_opcheck(training: bool, optional: bool) -> None:
     needs = [[True, True], [True, False], [False, True], [False, False]]
     for relu, (needs_y, needs_residual) in itertools.product((True, False), needs):
         arguments = (dout, y, mask, stats, gamma, beta, needs_y, needs_residual)
-        torch.library.opcheck(op.bn_act_backward, (*arguments, training, relu, 1, True))
+        torch.library.opcheck(op.bn_act_backward, (*arguments, training, relu, 1, True, ""))

@@ -217,14 +217,19 @@ class TestKept:
             dist.destroy_process_group()
 
     def test_synchronised_norms(self) -> None:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(resnet.BasicBlock(6, 6)))
-        assert self.kept(model) == {"0": "SyncBatchNorm is no normalisation that is fused"}
-
-    def test_norms_synchronised_afterwards_step_aside(self) -> None:
-        ours = stage(resnet.BasicBlock(6, 6)).eval()
-        theirs = copy.deepcopy(ours)
-        fr.convert(ours)
-        same(nn.SyncBatchNorm.convert_sync_batchnorm(ours), theirs, image(6, 5), fused=False)
+        """Before the conversion and after, where there is no process group: BatchNorm, as PyTorch has it."""
+        theirs = stage(resnet.BasicBlock(6, 6))
+        before, after = copy.deepcopy(theirs), copy.deepcopy(theirs)
+        before = nn.SyncBatchNorm.convert_sync_batchnorm(before)
+        blocks = list(before)
+        assert len(fr.convert(before).fused_now) == len(fr.convert(after).fused_now) == 1
+        after = nn.SyncBatchNorm.convert_sync_batchnorm(after)
+        for ours in (before, after):
+            beside = copy.deepcopy(theirs)
+            same(ours, beside, image(6, 5))
+            fr.revert(ours)
+            same(ours, beside, image(6, 5), fused=False)
+        assert all(a is b for a, b in zip(before, blocks, strict=True))
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
     def test_a_scripted_model_is_refused(self) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_resnet as fr
 from fused_resnet import reference
 from tests.convert.beside import Home
+from tests.features.sync_ranks import SYNC_CASES
 
 RANKS = 2
 
@@ -181,49 +181,6 @@ def resharded(rank: int) -> None:
         close(gradients(ours), mean_over_ranks(theirs))
 
 
-# ---------------------------------------------------------------- SyncBatchNorm
-
-
-class Gathering(nn.SyncBatchNorm):
-    """SyncBatchNorm's mathematics for the CPU, where PyTorch has none: the norm of all ranks' batches together."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        joined = torch.cat(dist_nn.all_gather(x.contiguous()))
-        self.num_batches_tracked.add_(1)
-        assert self.momentum is not None
-        moving = (self.running_mean, self.running_var)
-        out = nn.functional.batch_norm(joined, *moving, self.weight, self.bias, True, self.momentum, self.eps)
-        return out.chunk(RANKS)[dist.get_rank()].clone()
-
-
-def synchronised_norms(rank: int) -> None:
-    """After ``convert_sync_batchnorm`` a block calls its children; the oracle is BatchNorm on the joined batch."""
-    ours, theirs = (net.layer1[0] for net in networks(1))
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
-    assert type(ours) is fr.Bottleneck and type(ours.bn1) is nn.SyncBatchNorm
-    try:
-        ours(torch.randn(2, 4, 4, 4, dtype=torch.float64))
-        raise AssertionError("PyTorch's own refuses the CPU, and so must a block that calls it")
-    except ValueError as error:
-        assert "SyncBatchNorm expected input tensor to be on" in str(error)
-    for module in ours.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = Gathering
-            module.reset_running_stats()
-    halves = [
-        torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)
-    ]
-    with fr.record_launches() as launches:
-        out = ours(halves[rank])
-        (RANKS * out.square().sum()).backward()  # the reduction takes the mean over ranks
-    assert not launches
-    joined = theirs(torch.cat(halves))
-    joined.square().sum().backward()
-    torch.testing.assert_close(out, joined.chunk(RANKS)[rank])
-    close(mean_over_ranks(ours), gradients(theirs))
-    close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-
-
 def norms_without_synchronisation(rank: int) -> None:
     """Plain BatchNorm under data parallelism normalises each rank's own batch; rank 0's statistics are everybody's."""
     ours, theirs = networks(1)
@@ -311,12 +268,11 @@ CASES: dict[str, Callable[[int], None]] = {
         sharded_children,
         sharded_in_float16,
         resharded,
-        synchronised_norms,
         norms_without_synchronisation,
         conversions,
         converted_under_ddp,
     )
-}
+} | SYNC_CASES
 
 
 def main(rank: int, folder: Path) -> None:

@@ -186,12 +186,12 @@ def test_fx_traces_the_familys_own_forward() -> None:
     same_as_reference(traced, theirs, fused=False)
 
 
-def test_sync_batch_norm_conversion_steps_aside() -> None:
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(fr.Bottleneck(12, 3)).eval()
-    assert type(block.bn1) is nn.SyncBatchNorm
-    with fr.record_launches() as launches:
-        assert block(torch.randn(2, 12, 5, 5)).shape == (2, 12, 5, 5)
-    assert not launches
+def test_sync_batch_norm_conversion_without_a_group_is_batch_norm() -> None:
+    ours, theirs = twins(lambda family: family.Bottleneck(12, 3))
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    assert type(ours.bn1) is nn.SyncBatchNorm
+    same_as_reference(ours, theirs)
+    same_as_reference(ours.eval(), theirs.eval())
 
 
 @quick

@@ -1,0 +1,201 @@
+"""BatchNorm over the processes of a group: launchers of what is sent, and of what is made of what all sent."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from ..kernels.bn_sync import (
+    bn_sync_finalize_kernel,
+    bn_sync_grad_finalize_kernel,
+    bn_sync_grad_pack_kernel,
+    bn_sync_pack_kernel,
+)
+from ..plan.passes import ceil_div, group_config, merge_config, step
+from .bn_act_grad import bn_grad_merge
+from .bn_stats import _require_channels, bn_merge
+from .check import require_device, require_rows, require_shape
+from .record import launch
+from .tiles import StatTiles
+
+
+def bn_sync_pack(tiles: StatTiles) -> torch.Tensor:
+    """[2 C + 1]: mean and M2 of each channel and the count of rows, of the tiles' dtype."""
+    data = tiles.data
+    _, count, channels = data.shape
+    if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
+        raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
+    interpreter = data.device.type == "cpu"
+    if groups := group_config(count, channels, interpreter=interpreter):
+        tiles = bn_merge(tiles, groups)
+        data = tiles.data
+        count = data.shape[1]
+    packed = torch.empty(2 * channels + 1, dtype=data.dtype, device=data.device)
+    config = merge_config(count, channels, interpreter=interpreter)
+    vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
+    launch(
+        bn_sync_pack_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(data, packed),
+        flops=0,
+        config=config,
+        device=data.device,
+        tiles_ptr=data,
+        packed_ptr=packed,
+        rows=tiles.rows,
+        channels=channels,
+        rows_per_tile=tiles.rows_per_tile,
+        tiles=count,
+        plane=count * channels,
+        VECTORS=vectors,
+        BLOCK_T=block_t,
+        BLOCK_C=config.block_c,
+    )
+    return packed
+
+
+def bn_sync_finalize(
+    gathered: torch.Tensor,
+    *,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    counter: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """stats [4, C] of the rows of all processes, from what each packed: ``gathered`` [R, 2 C + 1].
+
+    The other arguments are those of :func:`bn_finalize`, which this replaces. Where nobody has any row, the running
+    statistics stay as they are.
+    """
+    ranks, channels = _sizes(gathered)
+    if counter is not None:
+        if counter.dtype != torch.int64:
+            raise ValueError(f"counter must be int64, got {counter.dtype}")
+        require_device(gathered.device, counter=counter)
+    stats = torch.empty((4, channels), dtype=gathered.dtype, device=gathered.device)
+    _require_channels(stats, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    config = merge_config(ranks, channels, interpreter=gathered.device.type == "cpu")
+    launch(
+        bn_sync_finalize_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(gathered, stats, weight, bias, counter, *2 * (running_mean, running_var)),
+        flops=0,
+        config=config,
+        device=gathered.device,
+        gathered_ptr=gathered,
+        stats_ptr=stats,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        counter_ptr=counter,
+        ranks=ranks,
+        channels=channels,
+        eps=float(eps),
+        momentum=float(momentum),
+        ACC=acc_of(gathered),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RUNNING_MEAN=running_mean is not None,
+        HAS_RUNNING_VAR=running_var is not None,
+        HAS_COUNTER=counter is not None,
+        BLOCK_R=config.block_m,
+        BLOCK_C=config.block_c,
+    )
+    return stats
+
+
+def bn_sync_grad_pack(tiles: torch.Tensor, rows: int, *, row: int = 1) -> torch.Tensor:
+    """[2 C + 1]: sum dz and sum dz * (y - mean) of each channel, and ``rows``, their count.
+
+    They are rows 0 and ``row`` of ``tiles`` [K, T, C]. ValueError for no rows.
+    """
+    kinds, count, channels = tiles.shape
+    if rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    if not 0 < row < kinds:
+        raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
+    interpreter = tiles.device.type == "cpu"
+    if groups := group_config(count, channels, interpreter=interpreter):
+        tiles, row = bn_grad_merge(tiles, row, groups), 1
+        count = tiles.shape[1]
+    packed = torch.empty(2 * channels + 1, dtype=tiles.dtype, device=tiles.device)
+    config = merge_config(count, channels, interpreter=interpreter)
+    vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
+    launch(
+        bn_sync_grad_pack_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(2 * count * channels * tiles.element_size(), packed),
+        flops=0,
+        config=config,
+        device=tiles.device,
+        tiles_ptr=tiles,
+        packed_ptr=packed,
+        rows=rows,
+        channels=channels,
+        tiles=count,
+        plane=count * channels,
+        ROW=row,
+        ACC=acc_of(tiles),
+        VECTORS=vectors,
+        BLOCK_T=block_t,
+        BLOCK_C=config.block_c,
+    )
+    return packed
+
+
+def bn_sync_grad_finalize(
+    gathered: torch.Tensor, packed: torch.Tensor, stats: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dgamma [C], dbeta [C], coeffs [3, C]): the first two of this process's ``packed`` [2 C + 1] alone.
+
+    dy = A * dz + B * y + C with the rows of coeffs, by the sums of all: ``gathered`` [R, 2 C + 1]. ``weight`` defaults
+    to 1.
+    """
+    ranks, channels = _sizes(gathered)
+    require_shape(packed, (2 * channels + 1,), "packed")
+    require_rows(stats, 4, channels, gathered, "stats")
+    if weight is not None:
+        require_device(gathered.device, weight=weight)
+        require_shape(weight, (channels,), "weight")
+    dgamma = torch.empty(channels, dtype=gathered.dtype, device=gathered.device)
+    dbeta = torch.empty_like(dgamma)
+    coeffs = torch.empty((3, channels), dtype=gathered.dtype, device=gathered.device)
+    config = merge_config(ranks, channels, interpreter=gathered.device.type == "cpu")
+    launch(
+        bn_sync_grad_finalize_kernel,
+        (ceil_div(channels, config.block_c),),
+        touched=(gathered, packed, stats, weight, dgamma, dbeta, coeffs),
+        flops=0,
+        config=config,
+        device=gathered.device,
+        gathered_ptr=gathered,
+        packed_ptr=packed,
+        stats_ptr=stats,
+        weight_ptr=weight,
+        dgamma_ptr=dgamma,
+        dbeta_ptr=dbeta,
+        coeffs_ptr=coeffs,
+        ranks=ranks,
+        channels=channels,
+        ACC=acc_of(gathered),
+        HAS_WEIGHT=weight is not None,
+        BLOCK_R=config.block_m,
+        BLOCK_C=config.block_c,
+    )
+    return dgamma, dbeta, coeffs
+
+
+def acc_of(t: torch.Tensor) -> tl.dtype:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def _sizes(gathered: torch.Tensor) -> tuple[int, int]:
+    """(R, C) of what was gathered."""
+    ranks, width = gathered.shape
+    if width % 2 == 0 or not gathered.is_contiguous():
+        raise ValueError(f"gathered must be [ranks, 2 C + 1], contiguous, got {tuple(gathered.shape)}")
+    return ranks, width // 2

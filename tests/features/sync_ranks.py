@@ -1,0 +1,397 @@
+"""SyncBatchNorm, of what two_ranks.py does in two processes. The oracle is BatchNorm on the batches of both, joined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_resnet as fr
+from fused_resnet import functional, reference
+from fused_resnet.autograd import gram as gram_route
+from fused_resnet.autograd import layer as layers_of
+from fused_resnet.launch import collective
+from fused_resnet.launch.record import Launch
+from tests import frightening
+from tests.whole_block import Block, identity_block, projected_block
+
+RANKS = 2
+SIZES = (3, 1)
+"""Images of each rank."""
+
+Make = Callable[[], nn.Module]
+
+
+def block(kind: type[nn.Module] = reference.Bottleneck) -> nn.Module:
+    return kind(16, 16 // kind.expansion)
+
+
+def projected(kind: type[nn.Module] = reference.Bottleneck, channels: int = 8) -> nn.Module:
+    """16 channels of half the size. From 8 the Gram route takes the projection as well, from 32 it is staged."""
+    downsample = nn.Sequential(nn.Conv2d(channels, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    return kind(channels, 16 // kind.expansion, 2, downsample)
+
+
+def pair(make: Make, make_ours: Make | None = None) -> tuple[nn.Module, nn.Module]:
+    """Ours with SyncBatchNorm, and the oracle with BatchNorm: the same values on both ranks. Ours is converted from
+    what ``make`` makes, or loads its state into what ``make_ours`` does."""
+    torch.manual_seed(0)
+    theirs = make().double()
+    for t in (*theirs.parameters(), *theirs.buffers()):
+        if t.is_floating_point() and t.dim() == 1:
+            t.data += 0.3 * torch.rand(t.shape, dtype=t.dtype)
+    ours = make_ours().double() if make_ours else copy.deepcopy(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    fr.convert(ours)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(ours), theirs
+
+
+def layer(name: str, *arguments: int) -> tuple[nn.Module, nn.Module]:
+    """The same of a layer of this package."""
+    return pair(lambda: getattr(reference, name)(*arguments), lambda: getattr(fr, name)(*arguments))
+
+
+class Add(nn.Module):
+    """``functional.bn_add_relu``: the layer itself is a BatchNorm2d, of which conversion leaves a bare norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(5)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return functional.bn_add_relu(y, functional.batch_norm_of(self.bn), y)
+
+
+def images(channels: int, sizes: Sequence[int] = SIZES, size: int = 6) -> list[Tensor]:
+    """A batch for every rank, each around another mean."""
+    generator = torch.Generator().manual_seed(1)
+    shape = channels, size, size
+    return [torch.randn(n, *shape, generator=generator, dtype=torch.float64) + rank for rank, n in enumerate(sizes)]
+
+
+def gathers(launches: Sequence[Launch]) -> int:
+    return sum(launch.kernel == "all_gather" for launch in launches)
+
+
+def check(
+    rank: int,
+    ours: nn.Module,
+    theirs: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    needs_x: bool = True,
+    route: str = "auto",
+    collectives: tuple[int, int] | None = None,
+) -> list[str]:
+    """One step of each: outputs, every gradient, buffers, and how many collectives each way; the kernels of ours.
+
+    What ranks have to tell each other is told before anything may fail: else one would wait for the other.
+    """
+    joined = torch.cat(list(batches)).requires_grad_(needs_x)
+    expected = theirs(joined)
+    generator = torch.Generator().manual_seed(2)
+    dout = torch.randn(expected.shape, generator=generator, dtype=torch.float64) + 0.5
+    if expected.requires_grad:
+        expected.backward(dout)
+
+    x = batches[rank].clone().requires_grad_(needs_x)
+    begin = sum(map(len, batches[:rank]))
+    mine = slice(begin, begin + len(x))
+    with fr.record_launches() as forward, fr.use_route(route):
+        out = ours(x)
+    with fr.record_launches() as backward:
+        if out.requires_grad:
+            out.backward(dout[mine])
+    totals = [None if p.grad is None else p.grad.clone() for p in ours.parameters()]
+    for total in totals:
+        if total is not None:
+            dist.all_reduce(total)
+    buffers = [[torch.empty_like(b) for _ in range(RANKS)] for b in ours.buffers()]
+    for both, b in zip(buffers, ours.buffers(), strict=True):
+        dist.all_gather(both, b)
+
+    norms = sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
+    assert (gathers(forward), gathers(backward)) == (collectives or (norms, norms)), (forward, backward)
+    torch.testing.assert_close(out, expected[mine])
+    if needs_x:
+        torch.testing.assert_close(x.grad, joined.grad[mine])
+    for (name, p), total in zip(theirs.named_parameters(), totals, strict=True):
+        assert (p.grad is None) == (total is None), name
+        if total is not None:
+            torch.testing.assert_close(total, p.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, b), both in zip(theirs.named_buffers(), buffers, strict=True):
+        assert torch.equal(*both), f"{name} differs between ranks"
+        torch.testing.assert_close(both[0], b, msg=lambda text, name=name: f"{name}: {text}")
+    return [launch.kernel for launch in (*forward, *backward)]
+
+
+# ---------------------------------------------------------------- whole blocks
+
+
+def staged(rank: int) -> None:
+    for make, channels in ((block, 16), (projected, 8)):
+        check(rank, *pair(make), images(channels), route="staged")
+
+
+def gram(rank: int) -> None:
+    """The last convolution's output exists nowhere; a projection's neither, or one does."""
+    for make, channels in ((block, 16), (projected, 8), (lambda: projected(channels=32), 32)):
+        kernels = check(rank, *pair(make), images(channels), route="gram")
+        assert kernels.count("gram_finalize_kernel") == (2 if channels == 8 else 1)
+
+
+def basic_blocks(rank: int) -> None:
+    for make, channels in ((block, 16), (projected, 8)):
+        check(rank, *pair(lambda make=make: make(reference.BasicBlock)), images(channels))
+
+
+def routes_that_differ(rank: int) -> None:
+    """Plans follow the batch: a rank may take another route than the next one, and still they talk in one order."""
+    for channels in (8, 32):
+        ours, theirs = pair(lambda channels=channels: projected(channels=channels))
+        check(rank, ours, theirs, images(channels), route=("staged", "gram")[rank])
+
+
+def plain_pytorch(rank: int) -> None:
+    """Where no kernel can run the same is composed of PyTorch's own functions."""
+    check(rank, *pair(projected), images(8), route="reference", collectives=(0, 0))
+    check(rank, *pair(Add), images(5), route="reference", collectives=(0, 0))
+
+
+def memory_options(rank: int) -> None:
+    for route in ("staged", "gram"):
+        ours, theirs = pair(projected)
+        ours.recompute, ours.keep = ("y1",), ("a1",)
+        check(rank, ours, theirs, images(8), route=route)
+
+
+# ---------------------------------------------------------------- what a norm may be set to
+
+
+def settings(rank: int) -> None:
+    """A cumulative average, no running statistics, no parameters, a single value per rank and channel."""
+    for step in range(2):
+        ours, theirs = pair(block)
+        for net in (ours, theirs):
+            for name in ("bn1", "bn2", "bn3"):
+                norm = getattr(net, name)
+                norm.momentum = None
+                norm.num_batches_tracked += 3 * step
+        check(rank, ours, theirs, images(16), route=("staged", "gram")[step])
+
+    for net in (nets := layer("ConvBNReLU", 6, 9, 3)):
+        net.bn = type(net.bn)(9, affine=False, track_running_stats=False)
+    check(rank, *nets, images(6))
+    check(rank, *layer("ConvBNReLU", 6, 9, 1), images(6, (1, 1), size=1))
+
+
+def evaluation(rank: int) -> None:
+    """Nobody is asked; and where one norm of a block is frozen, the others still ask."""
+    for make in (block, projected):
+        ours, theirs = pair(make)
+        check(rank, ours.eval(), theirs.eval(), images(16 if make is block else 8), collectives=(0, 0))
+    ours, theirs = pair(projected)
+    for net in (ours, theirs):
+        net.bn2.eval()
+    check(rank, ours, theirs, images(8), collectives=(3, 3))
+
+
+def frozen_parts(rank: int) -> None:
+    """Nobody asks for sums of which no gradient is made, as PyTorch does."""
+    for route in ("staged", "gram"):
+        expected = {"conv": (3, 2), "bn": (3, 3), "conv1": (3, 2), "bn1": (3, 3), "": (3, 0)}
+        for frozen, collectives in expected.items():
+            ours, theirs = pair(block)
+            for net in (ours, theirs):
+                for name, p in net.named_parameters():
+                    p.requires_grad_(not name.startswith(frozen))
+            if frozen == "":
+                for net in (ours, theirs):
+                    net.bn3.requires_grad_(True)
+            check(rank, ours, theirs, images(16), needs_x=False, route=route, collectives=collectives)
+        ours, theirs = pair(projected)
+        for net in (ours, theirs):
+            net.requires_grad_(False)
+        check(rank, ours, theirs, images(8), route=route)
+
+
+def groups(rank: int) -> None:
+    """A group of its own for the norms, or none but oneself: then it is BatchNorm."""
+    everybody = dist.new_group([0, 1])
+    alone = [dist.new_group([r]) for r in range(RANKS)][rank]
+    ours, theirs = pair(block)
+    assert functional.batch_norm_of(ours.bn1).group == dist.group.WORLD.group_name
+    for norm in (ours.bn1, ours.bn2, ours.bn3):
+        norm.process_group = everybody
+    assert functional.batch_norm_of(ours.bn1).group == everybody.group_name
+    check(rank, ours, theirs, images(16))
+    ours, theirs = pair(block)
+    ours.bn1.process_group = ours.bn3.process_group = everybody  # bn2 stays with the world: layers of two groups
+    check(rank, ours, theirs, images(16))
+    ours, theirs = pair(block)
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours, alone)
+    for norm in (ours.bn1, ours.bn2, ours.bn3):
+        norm.process_group = alone
+    x = images(16)[rank]
+    with fr.record_launches() as launches:
+        out = ours(x)
+    assert launches and not gathers(launches)
+    torch.testing.assert_close(out, theirs(x))
+
+
+def single_layers(rank: int) -> None:
+    check(rank, *layer("ConvBNReLU", 6, 9, 3), images(6))
+    check(rank, *layer("Stem", 3, 8), images(3, size=18))
+    check(rank, *pair(Add), images(5))
+
+
+# ---------------------------------------------------------------- the rule, in dtypes that round
+
+
+@dataclass
+class Shared(Block):
+    """A block of which each rank computes its images: ``run`` gives what they have together."""
+
+    rank: int = 0
+    images: int = 2
+    """Of rank 0."""
+
+    def run(self, route: str = "gram", strict: bool = True) -> tuple[dict[str, Any], list[Tensor]]:
+        mine = slice(None, self.images) if self.rank == 0 else slice(self.images, None)
+        group = dist.group.WORLD.group_name
+        part = Block(self.x[mine], self.layers, self.projection, self.dout[mine], self.running, group)
+        both: list[Any] = [None] * RANKS
+        dist.all_gather_object(both, part.run(route, strict))
+        found: dict[str, Any] = {}
+        for name in both[0][0]:
+            parts = [results[name] for results, _ in both]
+            if name in ("z", "dx"):
+                found[name] = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+            elif name.startswith("running"):
+                assert torch.equal(*parts), f"{name} differs between ranks"
+                found[name] = parts[0]
+            else:
+                found[name] = (parts[0].double() + parts[1].double()).to(parts[0].dtype)
+        return found, [torch.cat(masks) for masks in zip(*(masks for _, masks in both), strict=True)]
+
+
+def shared(rank: int, whole: Block) -> Shared:
+    return Shared(whole.x, whole.layers, whole.projection, whole.dout, whole.running, rank=rank)
+
+
+def numerics_rule(rank: int) -> None:
+    for dtype in (torch.float16, torch.float32):
+        for make in (identity_block, projected_block):
+            for route in ("staged", "gram"):
+                shared(rank, make(dtype)).check(route)
+
+
+def means_that_differ(rank: int) -> None:
+    """Gradients and activations far from zero, each rank's on another side."""
+    for dtype in (torch.float16, torch.float32):
+        for make in (frightening.mean_30, frightening.far(64)):
+            whole = make(dtype)
+            whole.dout[:2] *= -1
+            shared(rank, whole).check("gram")
+
+
+# ---------------------------------------------------------------- planted bugs
+
+
+@contextmanager
+def nobody_asked(backward: bool) -> Iterator[None]:
+    """Each rank's own sums stand for those of all, in one direction."""
+
+    def gather(packed: Tensor, group: str) -> Tensor:
+        gathered = collective.all_gather(packed, group)
+        is_backward = torch._C._current_autograd_node() is not None
+        return packed.expand(RANKS, -1).contiguous() if is_backward == backward else gathered
+
+    for module in (layers_of, gram_route):
+        module.all_gather = gather
+    try:
+        yield
+    finally:
+        for module in (layers_of, gram_route):
+            module.all_gather = collective.all_gather
+
+
+def planted_bugs(rank: int) -> None:
+    for backward in (False, True):
+        for route in ("staged", "gram"):
+            with nobody_asked(backward):
+                try:
+                    check(rank, *pair(projected), images(8), route=route)
+                except AssertionError:
+                    continue
+            raise AssertionError(f"local statistics survive: backward={backward}, {route}")
+
+
+# ---------------------------------------------------------------- PyTorch's tools around
+
+
+def under_ddp(rank: int) -> None:
+    """Gradients are averaged. The norms are converted inside, since DDP lets none in that runs on a CPU."""
+    for early in (True, False):
+        torch.manual_seed(0)
+        theirs = nn.Sequential(projected(), nn.Flatten()).double()
+        ours = copy.deepcopy(theirs)
+        wrapped = DistributedDataParallel(ours)
+        if early:
+            fr.convert(ours)
+        nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+        modules = dict(ours.named_modules())
+        if not early:
+            fr.convert(ours)
+        batches = images(8, (2, 2))
+        for _ in range(2):
+            ours.zero_grad()
+            theirs.zero_grad()
+            with fr.record_launches() as launches:
+                wrapped(batches[rank]).square().mean().backward()
+            assert gathers(launches) == 8
+            theirs(torch.cat(batches)).square().mean().backward()
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+        for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(b, c)
+        fr.revert(ours)
+        assert all(module is modules[name] for name, module in ours.named_modules())
+        assert type(ours[0]) is reference.Bottleneck and type(ours[0].bn1) is nn.SyncBatchNorm
+
+
+def compiled(rank: int) -> None:
+    """One graph: the operators are opaque, and the group is a name in their plan."""
+    ours, theirs = pair(projected)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    check(rank, compiled, theirs, images(8))
+
+
+SYNC_CASES: dict[str, Callable[[int], None]] = {
+    f"synchronised: {case.__name__}": case
+    for case in (
+        staged,
+        gram,
+        basic_blocks,
+        routes_that_differ,
+        plain_pytorch,
+        memory_options,
+        settings,
+        evaluation,
+        frozen_parts,
+        groups,
+        single_layers,
+        numerics_rule,
+        means_that_differ,
+        planted_bugs,
+        under_ddp,
+        compiled,
+    )
+}
