@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.occupancy import occupancy, resources
 
 BLOCK_SHARED = {80: 166_912, 90: 232_448}
-SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "gram_reduce")
+SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "bn_sync", "gram_reduce")
 """Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
 DESCRIBED = ("box_", "walk_")
 """Kernels that read by tensor descriptors: for sm_90 alone."""

@@ -181,8 +181,8 @@ def editing(edit: Callable[[str], str]) -> Iterator[None]:
     """Plans made inside are edited: they take what a GPU's measurements may choose."""
     original = planner.chain_plan_text
 
-    def chain_plan_text(*args: Any) -> tuple[str, str, str]:
-        text, route, reason = original(*args)
+    def chain_plan_text(*args: Any, **options: Any) -> tuple[str, str, str]:
+        text, route, reason = original(*args, **options)
         return (edit(text) if text else text), route, reason
 
     planner.chain_plan_text = chain_plan_text

@@ -18,9 +18,11 @@ from fused_resnet.launch import (
     bn_act,
     bn_act_grad,
     bn_stats,
+    bn_sync,
     bottleneck_single,
     cast,
     gram,
+    gram_bn,
     nhwc,
     stem_conv,
     stem_pool,
@@ -30,6 +32,7 @@ from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram_dgrad import gram_dgrad
+from fused_resnet.launch.gram_rows import gram_sums
 from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.candidates import candidates
@@ -49,6 +52,14 @@ def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _rows(count: int, channels: int) -> torch.Tensor:
     return torch.empty((count, channels), dtype=torch.float32, device="meta")
+
+
+RANKS = (8, 256)
+"""Processes of a group."""
+
+
+def _gathered(ranks: int, channels: int) -> torch.Tensor:
+    return _rows(ranks, 2 * channels + 1)
 
 
 def _parameters(channels: int) -> dict[str, Any]:
@@ -142,6 +153,10 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     norm = bn_stats.FrozenNorm(*(parameters[n] for n in ("weight", "bias", "running_mean", "running_var", "eps")))
     for count in range(1, bn_stats.MOST_NORMS + 1):
         bn_stats.bn_frozen([norm] * count, dtype=dtype)
+    bn_sync.bn_sync_pack(tiles)
+    for ranks in RANKS:
+        bn_sync.bn_sync_finalize(_gathered(ranks, p.Co), **parameters, momentum=0.1)
+        bn_sync.bn_sync_finalize(_gathered(ranks, p.Co), **parameters, momentum=0.1, counter=counter)
     for relu in (True, False):
         bn_act.bn_act(y, stats, once, relu=relu)
         bn_act.bn_act(y, stats, once, residual=y, relu=relu)
@@ -159,6 +174,10 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     grad(y, None, None, reduce, out=y)
     bn_act_grad.bn_grad_finalize(tiles, stats, row, p.M)
     bn_act_grad.bn_grad_finalize(three, stats, row, p.M, row=2)
+    for sums, kind in ((tiles, 1), (three, 2)):
+        packed = bn_sync.bn_sync_grad_pack(sums, p.M, row=kind)
+        for ranks in RANKS:
+            bn_sync.bn_sync_grad_finalize(_gathered(ranks, p.Co), packed, stats, row)
     bn_act_grad.bn_grad_apply(y, y, coeffs, once)
     bn_act_grad.bn_grad_apply(y, None, coeffs, once)
     nhwc.nhwc(torch.empty(y.shape, dtype=dtype, device="meta"))
@@ -181,6 +200,7 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     parameters |= {"pivot": pivot, "input_affine": of_pivot}
     gram.gram_finalize(g, c, p.M, w, **parameters)
     stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
+    gram.gram_finalize(g, c, p.M, w, **parameters, packs=True)
     bits = empty_bits(out.shape, out.device)
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
         for prologue, written in itertools.product((affine, None), (None, bits)):
@@ -194,6 +214,9 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         gram_wgrad(out, bits, x, affine, masked, store_dz=store_dz, input_mean=mean)
     kept = None if plan.centres else m
     small = gram.gram_backward(products, v, kept, stats, w, row, p.M, out_dtype=torch.float32)
+    gram_sums(products, m, stats, w, row, p.M, centred=plan.centres)
+    others = gram_bn.Others(_gathered(RANKS[0], p.Co), m)
+    gram.gram_backward(products, v, kept, stats, w, row, p.M, out_dtype=torch.float32, others=others)
     below, means = _rows(4, p.Ci), (row, m) if plan.centres else None
     for mask in (None, empty_bits(out.shape, out.device)):
         matrices = small.aw, small.p, small.bias

@@ -102,7 +102,7 @@ def test_opcheck(training: bool, optional: bool) -> None:
     gamma, beta = (bn.weight.detach(), bn.bias.detach()) if optional else (None, None)
     residual = cl(image(2, 3, 4, 3)) if optional else None
     counter = torch.tensor(3) if optional and training else None
-    settings = (training, 0.1, 1e-5, True, 1, True, optional)
+    settings = (training, 0.1, 1e-5, True, 1, True, optional, "")
     torch.library.opcheck(op.bn_act_forward, (y, residual, gamma, beta, mean, var, counter, *settings))
     out, mask, stats = op.bn_act_forward(y, residual, gamma, beta, mean, var, counter, *settings)
     dout = torch.randn_like(out)
