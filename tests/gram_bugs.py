@@ -20,10 +20,10 @@ BUGS = [
     Bug(
         "sums of the unrounded input",
         "autograd.gram",
-        "    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)\n",
+        "    kept = _statistics(layer, problem.M, *products, sync=sync, pivot=pivot, input_affine=of_pivot)\n",
         "    pre = y.to(y_stats.dtype) * y_stats[2][:, None, None] + y_stats[3][:, None, None]\n"
         "    products[1] = pre.relu().sum((0, 2, 3))\n"
-        "    kept = _statistics(layer, problem.M, *products, pivot=pivot, input_affine=of_pivot)\n",
+        "    kept = _statistics(layer, problem.M, *products, sync=sync, pivot=pivot, input_affine=of_pivot)\n",
         ("far from zero, float16",),
     ),
     Bug(
