@@ -28,7 +28,8 @@ class BNAddReLU(Unscriptable, reference.BNAddReLU):
     """``relu(bn(y) + residual)`` as one operation; all [N, num_features, H, W]. ``residual`` may be left away.
 
     An ``nn.BatchNorm2d`` in everything else: constructor, state dict, modes. So ``convert_sync_batchnorm``, which makes
-    a new norm of every norm's attributes, loses the ReLU and the residual: convert only models that have none of these.
+    a new norm of every norm's attributes, loses the ReLU and the residual: convert only models that have none of these,
+    or give the new norm's record to ``functional.bn_add_relu``.
     """
 
     def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
