@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -71,7 +71,7 @@ def rehearse(
     known = [*actors.parameters(), *actors.buffers(), *fakes]
     saving = torch.autograd.graph.saved_tensors_hooks(stage.keeper(known), lambda t: t)
     autocast = torch.autocast("cpu", dtype, enabled=dtype in AUTOCAST)
-    with fake_mode, stage, saving if training else nullcontext():
+    with fake_mode, stage, _normalising_alone(), saving if training else nullcontext():
         with stage.following(actors), torch.set_grad_enabled(training), autocast:
             out = actors(*fakes)
             with stage.as_owner(LOSS):
@@ -107,6 +107,21 @@ def _without_data(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             module.momentum = 0.1
     return copied
+
+
+@contextmanager
+def _normalising_alone() -> Iterator[None]:
+    """A SyncBatchNorm that is called on fake tensors is a BatchNorm: there is nothing to tell other processes."""
+    original = nn.SyncBatchNorm.forward
+
+    def forward(self: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x) if isinstance(x, FakeTensor) else original(self, x)  # type: ignore[arg-type]
+
+    nn.SyncBatchNorm.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = original  # type: ignore[method-assign]
 
 
 def _silent(*_arguments: Any, **_keywords: Any) -> None:

@@ -104,8 +104,9 @@ class BasicBlock(_Block, *_TORCHVISION_BASIC, *_TIMM_BASIC, reference.BasicBlock
     Where torchvision and timm are installed, it is an instance of their blocks. Input [N, inplanes, H, W], output
     [N, planes, ceil(H / stride), ceil(W / stride)]. What stands between the layers (random depth, squeeze and
     excitation, a blur) is called as it is; children that carry hooks, pruning or parametrisations and other norms than
-    BatchNorm2d and SyncBatchNorm make the block run child by child. Keywords ``recompute=("y1",)`` and ``keep=("a1",)``, attributes too:
-    see :func:`fused_resnet.functional.bottleneck`. TypeError: both families' keywords, or a wrong type, by its name.
+    BatchNorm2d and SyncBatchNorm make the block run child by child. Keywords ``recompute=("y1",)`` and
+    ``keep=("a1",)``, attributes too: see :func:`fused_resnet.functional.bottleneck`. TypeError: both families'
+    keywords, or a wrong type, by its name.
     """
 
     timm_block = _TIMM_BASIC

@@ -374,6 +374,19 @@ def compiled(rank: int) -> None:
     check(rank, compiled, theirs, images(8))
 
 
+def explained(rank: int) -> None:
+    """``explain`` counts what a step launches, collectives too, and asks nobody, nor does a norm called alone."""
+    ours, _ = pair(lambda: nn.Sequential(projected(), nn.BatchNorm2d(16), nn.Flatten()))
+    with fr.record_launches() as told:
+        explanation = fr.explain(ours, example_input=images(8)[rank], dtype=torch.float64, optimizer=None)
+    assert not told
+    with fr.record_launches() as launches:
+        ours[0](images(8)[rank]).sum().backward()
+    row = next(row for row in explanation.rows if row.source == "fused")
+    assert (row.launches, gathers(launches)) == (len(launches), 8)
+    assert row.bytes == sum(launch.bytes for launch in launches)
+
+
 SYNC_CASES: dict[str, Callable[[int], None]] = {
     f"synchronised: {case.__name__}": case
     for case in (
@@ -393,5 +406,6 @@ SYNC_CASES: dict[str, Callable[[int], None]] = {
         planted_bugs,
         under_ddp,
         compiled,
+        explained,
     )
 }
