@@ -56,6 +56,8 @@ class FusedBlock(Fused):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, FusedBlock):  # called by whoever kept the method when the class was still ours
+            return type(self).forward(self, x)
         described = self.residual()
         if isinstance(described, Residual):
             out = run_residual(described, x, widens=self.widens, recompute=self.recompute, keep=self.keep)

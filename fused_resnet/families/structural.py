@@ -81,7 +81,7 @@ class StructuralBlock(FusedBlock):
         return Residual(tuple(branch), steps, activation, type(children["conv1"]))
 
     def forward(self, *image: Tensor, **named: Tensor) -> Tensor:  # by the name that the block's own forward gives it
-        return super().forward(*image, *named.values())
+        return FusedBlock.forward(self, *image, *named.values())
 
 
 def _unexplained(conv: nn.Module) -> str:

@@ -112,6 +112,16 @@ class TestThereAndBack:
         assert model[0].conv1.stride == (2, 2) and model[0].mark == "mine" and model[1].conv2 is edited
         assert handle.id in model[1]._forward_hooks
 
+    def test_a_method_kept_from_the_time_between_goes_on(self) -> None:
+        """As wrappers keep it that checkpoint a block, or time it."""
+        model = stage()
+        theirs = copy.deepcopy(model)
+        fr.convert(model)
+        for block in model[:2]:
+            block.forward = lambda x, kept=block.forward: kept(x)
+        fr.revert(model)
+        same(model, theirs, image(6, 5), fused=False)
+
     def test_twice_is_once(self) -> None:
         model = stage()
         first, second = fr.convert(model), fr.convert(model)
