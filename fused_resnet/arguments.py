@@ -82,7 +82,18 @@ def _group_of(module: nn.SyncBatchNorm) -> str | None:
 
 
 def conv_of(module: nn.Conv2d) -> Conv:
-    """The record of an ``nn.Conv2d`` without bias and with zero padding."""
+    """The record of an ``nn.Conv2d``. ValueError: it has a bias, or pads otherwise than by a number of zeros."""
+    if not isinstance(module, nn.Conv2d):
+        raise TypeError(f"expected an nn.Conv2d, got a {type(module).__name__}")
+    if module.bias is not None:
+        raise ValueError("a convolution with a bias has no record: a BatchNorm behind it takes the bias away")
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(f"the padding must be a number of zeros, got {module.padding!r} of {module.padding_mode}")
+    return plain_conv_of(module)
+
+
+def plain_conv_of(module: nn.Conv2d) -> Conv:
+    """:func:`conv_of` for a convolution that was looked at before."""
     return Conv(module.weight, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
 
 
@@ -110,6 +121,8 @@ def check_layer(
     if len(shape) != 4:
         raise ValueError(f"expected 4D input (got {len(shape)}D input)")
     n, ci, h, w = shape
+    if not isinstance(conv, Conv):
+        raise TypeError(f"{name}: expected a Conv, got a {type(conv).__name__} (conv_of makes one of a module)")
     weight = conv.weight
     if len(weight.shape) != 4:
         raise ValueError(f"{name}: the weight must be [Co, Ci / groups, R, S], got shape {tuple(weight.shape)}")
@@ -148,6 +161,10 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def check_bn(bn: BatchNorm, channels: int, device: torch.device, name: str) -> None:
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(
+            f"{name}: expected a BatchNorm, got a {type(bn).__name__} (batch_norm_of makes one of a module)"
+        )
     for field, t in zip(VECTORS, (bn.weight, bn.bias, bn.running_mean, bn.running_var), strict=True):
         if t is None:
             continue

@@ -73,6 +73,11 @@ def _inputs(shape: Sequence[int] | None, example: Any, dtype: torch.dtype) -> tu
         raise TypeError("give either input_shape or example_input")
     if shape is not None:
         return (image_like(shape, dtype),)
+    return inputs_of(example)
+
+
+def inputs_of(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a model is called with. TypeError: no tensors with a batch dimension."""
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or not all(isinstance(t, Tensor) and t.dim() for t in inputs):
         raise TypeError("example_input must be a tensor with a batch dimension, or a sequence of such")
@@ -80,13 +85,22 @@ def _inputs(shape: Sequence[int] | None, example: Any, dtype: torch.dtype) -> tu
 
 
 def image_like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The input that a shape stands for: float32 under autocast, NHWC, without data."""
+    """The input that a shape stands for: float32 under autocast, NHWC, without data. TypeError: no sizes."""
+    if not all(hasattr(size, "__index__") and size >= 0 for size in shape):
+        raise TypeError(f"input_shape must be sizes, as (256, 3, 224, 224), got {shape!r}")
     image = torch.empty(tuple(shape), dtype=torch.float32 if dtype in AUTOCAST else dtype, device="meta")
     return image.contiguous(memory_format=torch.channels_last) if image.dim() == 4 else image
 
 
+def require_module(model: object, verb: str) -> None:
+    """TypeError unless ``model`` is a module; ``verb``: what was asked."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a torch.nn.Module, got a {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile or DistributedDataParallel wraps. TypeError for a scripted one."""
+    """The model that torch.compile or DistributedDataParallel wraps. TypeError for a scripted one, or for none."""
+    require_module(model, "explain")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -102,6 +116,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def assumption_of(model: nn.Module, target: str | Target | None) -> Assumption:
     if isinstance(target, str):
         return Assumption(preset(target))
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(f"target must be a Target or the name of one, got a {type(target).__name__}")
     if target is not None:
         return Assumption(target)
     tensor = next(iter([*model.parameters(), *model.buffers()]), None)

@@ -40,6 +40,7 @@ from .arguments import (
     conv_of,
     is_autocast,
     memory_options,
+    plain_conv_of,
 )
 from .autograd import bn_act as bn_act_op
 from .autograd import chain, preflight
@@ -61,6 +62,7 @@ __all__ = [
     "conv_bn_relu",
     "conv_of",
     "memory_options",
+    "plain_conv_of",
     "stem",
 ]
 
@@ -82,7 +84,7 @@ def conv_bn_relu(
     route: str | None = None,
 ) -> Tensor:
     """``relu(bn(conv(x)) + residual)``: [N, Ci, H, W] to [N, Co, P, Q]; ``residual`` has the output's shape."""
-    conv = Conv(weight, _pair(stride), _pair(padding), _pair(dilation), groups)
+    conv = Conv(weight, _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
     return conv_bn_chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
 
 
@@ -163,7 +165,7 @@ def stem(
     route: str | None = None,
 ) -> Tensor:
     """``max_pool(relu(bn(conv(x))))``, 3x3, stride 2, padding 1: [N, Ci, H, W] to [N, Co, ceil(P / 2), ceil(Q / 2)]."""
-    conv = Conv(weight, _pair(stride), _pair(padding))
+    conv = Conv(weight, _pair("stride", stride), _pair("padding", padding))
     dtype = compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
     request = _request(route, x)
@@ -217,6 +219,8 @@ def conv_bn_chain(
     and ``keep``: as in :func:`bottleneck`.
     """
     memory = memory_options(recompute, keep)
+    if not 1 <= len(layers) <= len(NAMES):
+        raise ValueError(f"a chain has one to {len(NAMES)} layers, got {len(layers)}")
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
     dtype, device = compute_dtype(x), x.device
@@ -286,8 +290,12 @@ def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: 
 # ---------------------------------------------------------------- small questions
 
 
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(name: str, value: int | Pair) -> Pair:
+    pair: Any = (value, value) if hasattr(value, "__index__") else value
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(hasattr(v, "__index__") for v in pair)):
+        raise TypeError(f"{name} must be an int or two of them, got {value!r}")
+    first, second = pair
+    return index(first), index(second)
 
 
 def _size(x: Tensor, request: RouteRequest) -> tuple[int, int, int, int]:

@@ -235,6 +235,10 @@ class TestArguments:
             ({"input_shape": BATCH, "dtype": torch.int8}, ValueError),
             ({"input_shape": BATCH, "optimizer": "lion"}, ValueError),
             ({"input_shape": BATCH, "target": "h101"}, KeyError),
+            ({"input_shape": BATCH, "target": 90}, TypeError),
+            ({"input_shape": "224"}, TypeError),
+            ({"input_shape": (1, 16, 8.0, 8)}, TypeError),
+            ({"input_shape": (-1, 16, 8, 8)}, TypeError),
         ],
     )
     def test_bad_ones_are_refused(self, arguments, error):

@@ -69,6 +69,13 @@ BAD_CONVS: dict[str, tuple[Edit, str]] = {
     "weight rank": (lambda a: a.update(weight=a["weight"][0]), "weight must be"),
     "too small": (lambda a: a.update(x=a["x"][:, :, :2, :2], padding=0), "does not fit"),
     "padding": (lambda a: a.update(padding=-1), "padding at least 0"),
+    "three strides": (lambda a: a.update(stride=(1, 1, 1)), "stride must be an int or two"),
+    "a stride that is none": (lambda a: a.update(stride=1.0), "stride must be an int or two"),
+    "padding by name": (lambda a: a.update(padding="same"), "padding must be an int or two"),
+    "a module for its record": (
+        lambda a: a.update(bn=nn.BatchNorm2d(6).double()),
+        "expected a BatchNorm, got a BatchNorm2d",
+    ),
     "one value": (
         lambda a: a.update(x=a["x"][:1, :, :3, :3], padding=0, stride=1),
         r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 6, 1, 1\]\)",
@@ -138,6 +145,29 @@ def test_a_late_layer_that_is_wrong_leaves_the_early_ones_untouched() -> None:
                     bottleneck(x, layers[:3], layers[3], route=route)
     for (_, bn), state in zip([*pairs, projection], before, strict=True):
         assert all(torch.equal(bn.state_dict()[k], v) for k, v in state.items())
+
+
+@quick
+def test_a_chain_has_one_to_three_layers_of_records() -> None:
+    x, (conv, bn) = image(2, 4, 5, 5), pair(4, 4, 1)
+    layer = (conv_of(conv), batch_norm_of(bn))
+    for layers in ((), (layer,) * 4):
+        with pytest.raises(ValueError, match="one to 3 layers"):
+            functional.conv_bn_chain(x, layers)
+    with pytest.raises(TypeError, match="expected a Conv, got a Conv2d"):
+        functional.conv_bn_chain(x, ((conv, layer[1]),))
+    assert bn.num_batches_tracked == 0
+
+
+@quick
+def test_records_of_convolutions_that_the_operations_do_not_compute() -> None:
+    for options, said in (({}, "bias"), ({"bias": False, "padding": "same"}, "number of zeros")):
+        with pytest.raises(ValueError, match=said):
+            conv_of(nn.Conv2d(3, 3, 3, **options))
+    with pytest.raises(ValueError, match="number of zeros"):
+        conv_of(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular", bias=False))
+    with pytest.raises(TypeError, match="got a BatchNorm2d"):
+        conv_of(nn.BatchNorm2d(3))
 
 
 @quick

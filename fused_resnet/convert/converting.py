@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .. import functional
-from ..explain import explain
+from ..explain import explain, inputs_of, require_module
 from ..families import huggingface, structural, timm, torchvision
 from ..families.children import Obstacle
 from ..families.fused import Fused, FusedBlock, fused_class, original_class
@@ -42,6 +42,7 @@ def convert(
     """
     memory = functional.memory_options(recompute, keep)
     refuse_scripted(model, "convert")
+    example = None if example_input is None else inputs_of(example_input)
     store.load()  # what was measured on this machine; later something may trace
     report = Report()
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -60,8 +61,8 @@ def convert(
         report.converted.append((name, part.reason if isinstance(part, Obstacle) else part))
         if not isinstance(part, Obstacle):
             report.fused_now.append((name, part))
-    if example_input is not None:
-        report.fused_now[:] = _fused_for(model, example_input, report)
+    if example is not None:
+        report.fused_now[:] = _fused_for(model, example, report)
     return report
 
 
@@ -70,6 +71,7 @@ def revert(model: nn.Module) -> Report:
 
     ``Report.converted`` are the modules restored, ``Report.kept`` those whose class something else has changed since.
     """
+    require_module(model, "revert")
     report = Report()
     for name, module in model.named_modules():
         original = original_class(type(module))
@@ -83,6 +85,7 @@ def revert(model: nn.Module) -> Report:
 
 def refuse_scripted(model: nn.Module, verb: str) -> None:
     """TypeError where a module of ``model`` is TorchScript's, whose class says nothing. ``verb``: what was asked."""
+    require_module(model, verb)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError(f"a scripted model cannot be {verb}ed; {verb} the model that it was made from")
 
@@ -112,9 +115,9 @@ def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
         vars(module).pop(name, None)
 
 
-def _fused_for(model: nn.Module, example: Tensor | Sequence[Tensor], report: Report) -> list[tuple[str, str]]:
+def _fused_for(model: nn.Module, example: Sequence[Tensor], report: Report) -> list[tuple[str, str]]:
     """Of the converted modules those that run kernels for ``example``, with the planner's reasons."""
-    first = example if isinstance(example, Tensor) else example[0]
+    first = example[0]
     autocast = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else None
     rows = explain(model, example_input=example, dtype=autocast or first.dtype).rows
     found = {row.name: f"{row.route}: {row.reason}" for row in rows if row.source == "fused"}

@@ -182,7 +182,7 @@ def _is_stem(conv: nn.Conv2d, pool: object) -> bool:
 
 def _record(layer: tuple[nn.Conv2d, nn.Module]) -> functional.Layer:
     conv, norm = layer
-    return functional.conv_of(conv), norm_reader(norm)(norm)  # type: ignore[misc]
+    return functional.plain_conv_of(conv), norm_reader(norm)(norm)  # type: ignore[misc]
 
 
 def _records(layers: Layers) -> list[functional.Layer]:

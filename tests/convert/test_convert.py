@@ -254,6 +254,23 @@ class TestKept:
             torch.jit.script(model)
 
 
+@pytest.mark.parametrize("action", [fr.convert, fr.revert, fr.fold], ids=lambda action: action.__name__)
+@pytest.mark.parametrize(
+    "wrong", [None, "resnet50", resnet.ResNet, [nn.ReLU()]], ids=lambda wrong: type(wrong).__name__
+)
+def test_what_is_no_model(wrong: object, action: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=f"takes a torch.nn.Module, got a {type(wrong).__name__}"):
+        action(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["x", (1, 3, 8, 8), ()], ids=str)
+def test_a_wrong_example_leaves_the_model_as_it_was(wrong: object) -> None:
+    model = stage()
+    with pytest.raises(TypeError, match="example_input must be"):
+        fr.convert(model, example_input=wrong)
+    assert type(model[0]) is resnet.BasicBlock
+
+
 class TestCopies:
     @pytest.mark.parametrize("name", COPIES)
     def test_a_copy_is_converted_too(self, name: str) -> None:
