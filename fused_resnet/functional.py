@@ -42,8 +42,8 @@ from .arguments import (
     memory_options,
     plain_conv_of,
 )
+from .autograd import absent, chain, preflight
 from .autograd import bn_act as bn_act_op
-from .autograd import chain, preflight
 from .autograd import stem as stem_op
 from .layout import is_channels_last, nhwc
 from .plan import planner
@@ -143,6 +143,8 @@ def bn_add_relu(
     request = _request(route, y)
     elements = prod(_size(y, request))
     sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), elements, request.route)
+    if bn.sync and reason == planner.EMPTY_BATCH:
+        return _absent(y, tuple(y.shape), [(None, bn)], residual)
     if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
         plain.count_batch(bn)
         return plain.bn_act(y, bn, residual, relu)
@@ -184,6 +186,9 @@ def stem(
         sync=bn.sync,
         parameters=_dtype_name(weight.dtype),
     )
+    if bn.sync and reason == planner.EMPTY_BATCH:
+        pooled = (*shape[:2], *((size - 1) // 2 + 1 for size in shape[2:]))
+        return _absent(x.to(dtype), pooled, [(weight, bn)])
     if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
         plain.count_batch(bn)
         return torch.nn.functional.max_pool2d(plain.layer(x, (conv, bn), None, True), 3, 2, 1)
@@ -261,6 +266,9 @@ def conv_bn_chain(
         sync=sync,
         parameters=_dtype_name(layers[0][0].weight.dtype),
     )
+    if sync and reason == planner.EMPTY_BATCH:
+        norms = [(conv.weight, bn) for conv, bn in everything]
+        return _absent(x.to(dtype), shape, norms, residual, projects=projection is not None)
     if not _take(planned, reason, request, "a chain of convolutions"):
         return plain.chain(x, layers, projection, residual, kind, relu)
 
@@ -285,6 +293,25 @@ def conv_bn_chain(
 def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:
     """One fused operation for a layer: of layers whose statistics are of different kinds, or of different processes."""
     return conv_bn_chain(x, (layer,), residual=residual, relu=relu, route=route)
+
+
+def _absent(
+    x: Tensor,
+    shape: tuple[int, ...],
+    norms: Sequence[tuple[Tensor | None, BatchNorm]],
+    residual: Tensor | None = None,
+    projects: bool = False,
+) -> Tensor:
+    """The output of ``shape`` of an empty batch, while other processes normalise theirs: they wait for this one.
+
+    ``norms``: each with the convolution's weight before it, a projection's last.
+    """
+    bns = [bn for _, bn in norms]
+    plain.count_batch(*bns)
+    channels = tuple([shape[1] if weight is None else int(weight.shape[0]) for weight, _ in norms])
+    settings = tuple([_momentum(bn) for bn in bns]), tuple([bn.eps for bn in bns])
+    tensors = [t for weight, bn in norms for t in (weight, *_bn_tensors(bn))]
+    return absent.absent(absent.Absentee(bns[0].sync, channels, *settings, projects), shape, x, residual, tensors)
 
 
 # ---------------------------------------------------------------- small questions

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import functional, reference
 from ..families import torchvision
-from ..families.children import Obstacle, has_activation, is_untouched, norm_reader, why_not_norm
+from ..families.children import Obstacle, has_activation, is_untouched, norm_reader, process_groups, why_not_norm
 from ..families.fused import FusedStem
 from ..families.residual import RELU, Residual, Step, calls
 from ..modules import blocks, layers, resnet
@@ -46,7 +46,7 @@ def fold(model: nn.Module) -> nn.Module:
     in training mode (it is folded as if it were not) and is left untouched. TypeError: a scripted model.
     """
     refuse_scripted(model, "fold")
-    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    folded = copy.deepcopy(model, process_groups(model)).eval().requires_grad_(False)
     revert(folded)
     for module in folded.modules():
         _make_plain(module)

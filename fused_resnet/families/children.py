@@ -126,6 +126,12 @@ def has_activation(norm: nn.Module) -> bool:
     return kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct") and kind.__module__.startswith("timm.")
 
 
+def process_groups(module: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy``: norms share the groups of processes that they ask, since no copy can be made."""
+    groups = [getattr(norm, "process_group", None) for norm in module.modules()]
+    return {id(group): group for group in groups if group is not None}
+
+
 TINY = torch.finfo(torch.float32).tiny
 """In place of an eps of 0, which torchvision gives its pretrained detectors: no variance is changed by adding it."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.route import use_route
-from .children import Obstacle
+from .children import Obstacle, process_groups
 from .fused import FusedBlock, fused_class
 from .residual import RELU, Residual, Step, gather
 
@@ -198,7 +198,7 @@ def _copy(block: nn.Module) -> nn.Module:
 
     What other processes would be asked for is normalised alone.
     """
-    memo: dict[int, Any] = {}
+    memo = process_groups(block)
     for module in block.modules():
         hooks = (value for name, value in vars(module).items() if name.endswith("_hooks"))
         memo |= {id(value): OrderedDict() for value in hooks if isinstance(value, OrderedDict)}

@@ -17,6 +17,8 @@ from .route import ROUTES
 from .single import single_config, why_not_single
 from .target import Target, current, why_not
 
+EMPTY_BATCH = "the batch is empty"
+
 
 def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Plan:
     """The plan of a chain of convolutions on ``target``."""
@@ -82,7 +84,7 @@ def _why_not(problem: ChainProblem, target: Target) -> str:
         return reason
     for conv in (*problem.convs, *([problem.projection] if problem.projection else ())):
         if conv.M == 0 or conv.N * conv.H * conv.W == 0:
-            return "the batch is empty"
+            return EMPTY_BATCH
     return ""
 
 
@@ -168,7 +170,7 @@ def pass_plan(device: torch.device, dtype: str, elements: int, route: str) -> tu
     found = current(device)
     if found is None:
         return 0, False, why_not(device) or "no target"
-    reason = found.why_not_dtype(dtype) or ("the batch is empty" if elements == 0 else "")
+    reason = found.why_not_dtype(dtype) or (EMPTY_BATCH if elements == 0 else "")
     return (0, False, reason) if reason else (found.sm_count, found.interpreter, "the passes take any shape")
 
 

@@ -1,12 +1,10 @@
-"""SyncBatchNorm, of what two_ranks.py does in two processes. The oracle is BatchNorm on the batches of both, joined."""
+"""SyncBatchNorm, of what two_ranks.py does in two processes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,119 +16,9 @@ from fused_resnet import functional, reference
 from fused_resnet.autograd import gram as gram_route
 from fused_resnet.autograd import layer as layers_of
 from fused_resnet.launch import collective
-from fused_resnet.launch.record import Launch
 from tests import frightening
-from tests.whole_block import Block, identity_block, projected_block
-
-RANKS = 2
-SIZES = (3, 1)
-"""Images of each rank."""
-
-Make = Callable[[], nn.Module]
-
-
-def block(kind: type[nn.Module] = reference.Bottleneck) -> nn.Module:
-    return kind(16, 16 // kind.expansion)
-
-
-def projected(kind: type[nn.Module] = reference.Bottleneck, channels: int = 8) -> nn.Module:
-    """16 channels of half the size. From 8 the Gram route takes the projection as well, from 32 it is staged."""
-    downsample = nn.Sequential(nn.Conv2d(channels, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
-    return kind(channels, 16 // kind.expansion, 2, downsample)
-
-
-def pair(make: Make, make_ours: Make | None = None) -> tuple[nn.Module, nn.Module]:
-    """Ours with SyncBatchNorm, and the oracle with BatchNorm: the same values on both ranks. Ours is converted from
-    what ``make`` makes, or loads its state into what ``make_ours`` does."""
-    torch.manual_seed(0)
-    theirs = make().double()
-    for t in (*theirs.parameters(), *theirs.buffers()):
-        if t.is_floating_point() and t.dim() == 1:
-            t.data += 0.3 * torch.rand(t.shape, dtype=t.dtype)
-    ours = make_ours().double() if make_ours else copy.deepcopy(theirs)
-    ours.load_state_dict(theirs.state_dict())
-    fr.convert(ours)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(ours), theirs
-
-
-def layer(name: str, *arguments: int) -> tuple[nn.Module, nn.Module]:
-    """The same of a layer of this package."""
-    return pair(lambda: getattr(reference, name)(*arguments), lambda: getattr(fr, name)(*arguments))
-
-
-class Add(nn.Module):
-    """``functional.bn_add_relu``: the layer itself is a BatchNorm2d, of which conversion leaves a bare norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(5)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return functional.bn_add_relu(y, functional.batch_norm_of(self.bn), y)
-
-
-def images(channels: int, sizes: Sequence[int] = SIZES, size: int = 6) -> list[Tensor]:
-    """A batch for every rank, each around another mean."""
-    generator = torch.Generator().manual_seed(1)
-    shape = channels, size, size
-    return [torch.randn(n, *shape, generator=generator, dtype=torch.float64) + rank for rank, n in enumerate(sizes)]
-
-
-def gathers(launches: Sequence[Launch]) -> int:
-    return sum(launch.kernel == "all_gather" for launch in launches)
-
-
-def check(
-    rank: int,
-    ours: nn.Module,
-    theirs: nn.Module,
-    batches: Sequence[Tensor],
-    *,
-    needs_x: bool = True,
-    route: str = "auto",
-    collectives: tuple[int, int] | None = None,
-) -> list[str]:
-    """One step of each: outputs, every gradient, buffers, and how many collectives each way; the kernels of ours.
-
-    What ranks have to tell each other is told before anything may fail: else one would wait for the other.
-    """
-    joined = torch.cat(list(batches)).requires_grad_(needs_x)
-    expected = theirs(joined)
-    generator = torch.Generator().manual_seed(2)
-    dout = torch.randn(expected.shape, generator=generator, dtype=torch.float64) + 0.5
-    if expected.requires_grad:
-        expected.backward(dout)
-
-    x = batches[rank].clone().requires_grad_(needs_x)
-    begin = sum(map(len, batches[:rank]))
-    mine = slice(begin, begin + len(x))
-    with fr.record_launches() as forward, fr.use_route(route):
-        out = ours(x)
-    with fr.record_launches() as backward:
-        if out.requires_grad:
-            out.backward(dout[mine])
-    totals = [None if p.grad is None else p.grad.clone() for p in ours.parameters()]
-    for total in totals:
-        if total is not None:
-            dist.all_reduce(total)
-    buffers = [[torch.empty_like(b) for _ in range(RANKS)] for b in ours.buffers()]
-    for both, b in zip(buffers, ours.buffers(), strict=True):
-        dist.all_gather(both, b)
-
-    norms = sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
-    assert (gathers(forward), gathers(backward)) == (collectives or (norms, norms)), (forward, backward)
-    torch.testing.assert_close(out, expected[mine])
-    if needs_x:
-        torch.testing.assert_close(x.grad, joined.grad[mine])
-    for (name, p), total in zip(theirs.named_parameters(), totals, strict=True):
-        assert (p.grad is None) == (total is None), name
-        if total is not None:
-            torch.testing.assert_close(total, p.grad, msg=lambda text, name=name: f"{name}: {text}")
-    for (name, b), both in zip(theirs.named_buffers(), buffers, strict=True):
-        assert torch.equal(*both), f"{name} differs between ranks"
-        torch.testing.assert_close(both[0], b, msg=lambda text, name=name: f"{name}: {text}")
-    return [launch.kernel for launch in (*forward, *backward)]
-
+from tests.features.sync_case import RANKS, Add, block, check, gathers, images, layer, pair, projected, shared
+from tests.whole_block import identity_block, projected_block
 
 # ---------------------------------------------------------------- whole blocks
 
@@ -235,8 +123,9 @@ def groups(rank: int) -> None:
     ours, theirs = pair(block)
     ours.bn1.process_group = ours.bn3.process_group = everybody  # bn2 stays with the world: layers of two groups
     check(rank, ours, theirs, images(16))
+    assert fr.revert(ours).converted and fr.convert(ours).fused_now, "tried on a copy, which the group is not part of"
+    assert fr.fold(ours).bn1.__class__ is nn.Identity
     ours, theirs = pair(block)
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours, alone)
     for norm in (ours.bn1, ours.bn2, ours.bn3):
         norm.process_group = alone
     x = images(16)[rank]
@@ -253,37 +142,6 @@ def single_layers(rank: int) -> None:
 
 
 # ---------------------------------------------------------------- the rule, in dtypes that round
-
-
-@dataclass
-class Shared(Block):
-    """A block of which each rank computes its images: ``run`` gives what they have together."""
-
-    rank: int = 0
-    images: int = 2
-    """Of rank 0."""
-
-    def run(self, route: str = "gram", strict: bool = True) -> tuple[dict[str, Any], list[Tensor]]:
-        mine = slice(None, self.images) if self.rank == 0 else slice(self.images, None)
-        group = dist.group.WORLD.group_name
-        part = Block(self.x[mine], self.layers, self.projection, self.dout[mine], self.running, group)
-        both: list[Any] = [None] * RANKS
-        dist.all_gather_object(both, part.run(route, strict))
-        found: dict[str, Any] = {}
-        for name in both[0][0]:
-            parts = [results[name] for results, _ in both]
-            if name in ("z", "dx"):
-                found[name] = torch.cat(parts).contiguous(memory_format=torch.channels_last)
-            elif name.startswith("running"):
-                assert torch.equal(*parts), f"{name} differs between ranks"
-                found[name] = parts[0]
-            else:
-                found[name] = (parts[0].double() + parts[1].double()).to(parts[0].dtype)
-        return found, [torch.cat(masks) for masks in zip(*(masks for _, masks in both), strict=True)]
-
-
-def shared(rank: int, whole: Block) -> Shared:
-    return Shared(whole.x, whole.layers, whole.projection, whole.dout, whole.running, rank=rank)
 
 
 def numerics_rule(rank: int) -> None:
@@ -367,6 +225,24 @@ def under_ddp(rank: int) -> None:
         assert type(ours[0]) is reference.Bottleneck and type(ours[0].bn1) is nn.SyncBatchNorm
 
 
+def nothing_on_one_rank(rank: int) -> None:
+    """A rank without images takes part in what the others ask, in their order, whichever layers are frozen."""
+    sizes = (0, 2)
+    for make, channels in ((block, 16), (projected, 8)):
+        for frozen, needs_x in ((), True), ((), False), (("conv1", "bn1", "conv2"), False), (("downsample",), False):
+            ours, theirs = pair(make)
+            for net in (ours, theirs):
+                for name, p in net.named_parameters():
+                    p.requires_grad_(not name.startswith(frozen))
+            below = 1 if "conv1" in frozen else 3
+            norms = len([m for m in ours.modules() if isinstance(m, nn.SyncBatchNorm)])
+            count = norms - 3 + below - ("downsample" in frozen and make is projected)
+            check(rank, ours, theirs, images(channels, sizes), needs_x=needs_x, collectives=(norms, count))
+    check(rank, *layer("ConvBNReLU", 6, 9, 3), images(6, sizes))
+    check(rank, *layer("Stem", 3, 8), images(3, sizes, size=18))
+    check(rank, *pair(Add), images(5, sizes))
+
+
 def compiled(rank: int) -> None:
     """One graph: the operators are opaque, and the group is a name in their plan."""
     ours, theirs = pair(projected)
@@ -405,6 +281,7 @@ SYNC_CASES: dict[str, Callable[[int], None]] = {
         means_that_differ,
         planted_bugs,
         under_ddp,
+        nothing_on_one_rank,
         compiled,
         explained,
     )
