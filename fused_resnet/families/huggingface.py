@@ -1,4 +1,4 @@
-"""The ResNets of Hugging Face's transformers: its own, and RT-DETR's with the deep stem and pooled shortcuts."""
+"""The ResNets of Hugging Face's transformers: its own, RT-DETR's with deep stem and pooled shortcuts, its RegNets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HuggingFaceBlock(FusedBlock):
         for unit in self.layer:  # type: ignore[union-attr]
             layer = _unit(unit)
             if not layer:
-                return Obstacle(f"{type(unit).__name__} is no plain ResNetConvLayer")
+                return Obstacle(f"{type(unit).__name__} carries hooks or another forward", passing=True)
             branch += layer
         shortcut = [call for step in calls((self.shortcut,)) for call in _opened(step)]  # type: ignore[arg-type]
         return Residual(tuple(branch), tuple(shortcut), self.activation)  # type: ignore[arg-type]
@@ -36,8 +36,8 @@ class HuggingFaceStem(FusedStem):
         children: dict[str, Any] = self._modules
         layers = [_unit(unit) for unit in calls((children["embedder"],))]  # type: ignore[arg-type]
         if not all(layers):
-            return Obstacle("its embedder is no plain ResNetConvLayer")
-        return (*itertools.chain(*layers), children["pooler"])
+            return Obstacle("its embedder carries hooks or another forward", passing=True)
+        return (*itertools.chain(*layers), *calls((children.get("pooler"),)))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         stem = gather_for(pixel_values, self.stem())
@@ -47,8 +47,10 @@ class HuggingFaceStem(FusedStem):
 
 
 def _unit(module: nn.Module) -> list[Step]:
-    """What a ResNetConvLayer calls; nothing where it is something else."""
-    if type(module).__name__ not in UNITS or not is_untouched(module, type(module)):
+    """What a ResNetConvLayer calls, and anything else is: squeeze and excitation; nothing where a call is expected."""
+    if type(module).__name__ not in UNITS:
+        return [module]
+    if not is_untouched(module, type(module)):
         return []
     return [module.convolution, module.normalization, module.activation]  # type: ignore[list-item]
 
@@ -60,14 +62,14 @@ def _opened(step: Step) -> list[Step]:
     return [step.convolution, step.normalization]  # type: ignore[attr-defined]
 
 
-UNITS = {"ResNetConvLayer", "RTDetrResNetConvLayer"}
-SHORTCUTS = {"ResNetShortCut", "RTDetrResNetShortCut"}
+UNITS = {"ResNetConvLayer", "RTDetrResNetConvLayer", "RegNetConvLayer"}
+SHORTCUTS = {"ResNetShortCut", "RTDetrResNetShortCut", "RegNetShortCut"}
 MIXINS = {
-    f"transformers.models.{file}{name}": mixin
-    for file in ("resnet.modeling_resnet.", "rt_detr.modeling_rt_detr_resnet.RTDetr")
-    for name, mixin in (
-        ("ResNetBasicLayer", HuggingFaceBlock),
-        ("ResNetBottleNeckLayer", HuggingFaceBlock),
-        ("ResNetEmbeddings", HuggingFaceStem),
-    )
+    f"transformers.models.{file}{name}": HuggingFaceStem if name == "Embeddings" else HuggingFaceBlock
+    for file, names in {
+        "resnet.modeling_resnet.ResNet": ("BasicLayer", "BottleNeckLayer", "Embeddings"),
+        "rt_detr.modeling_rt_detr_resnet.RTDetrResNet": ("BasicLayer", "BottleNeckLayer", "Embeddings"),
+        "regnet.modeling_regnet.RegNet": ("XLayer", "YLayer", "Embeddings"),
+    }.items()
+    for name in names
 }

@@ -118,6 +118,20 @@ def test_rt_detrs_resnet(kind: str) -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("kind", ["x", "y"])
+def test_regnets(kind: str) -> None:
+    """A stem without pooling, grouped convolutions; "y": squeeze and excitation between the layers."""
+    small = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}
+    model = drawn(transformers.RegNetModel(transformers.RegNetConfig(layer_type=kind, **small)))
+    model, report = converted(model, image(size=12), evaluation=False)
+    part = "one operation" if kind == "x" else "fused around RegNetSELayer"
+    assert report.fused_now == [
+        ("embedder", "one operation"),
+        *((f"encoder.stages.{i}.layers.0", part) for i in (0, 1)),
+    ]
+    assert not report.kept
+
+
 # ---------------------------------------------------------------- DETR's backbones, whose norms are frozen
 
 
