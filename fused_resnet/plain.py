@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,6 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 from .arguments import BatchNorm, Layer
 from .reference import ops
-
-if dist.is_available():
-    from torch.distributed.nn.functional import all_gather
 
 
 def chain(
@@ -76,6 +74,34 @@ def bn_act(y: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool) -> Ten
     )
 
 
+class _Gather(torch.autograd.Function):
+    """[R, n]: ``packed`` [n] of every process of the group, in their order."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, group: str, ranks: int, rank: int) -> Tensor:
+        ctx.others = group, ranks, rank
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(packed.contiguous(), ranks, group)
+        return torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, -1)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _OwnSum.apply(grads, *ctx.others), None, None, None
+
+
+class _OwnSum(torch.autograd.Function):
+    """[n]: of the sum of all processes' ``parts`` [R, n] the row of this one: the gradient of :class:`_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: str, ranks: int, rank: int) -> Tensor:
+        ctx.others = group, ranks, rank
+        total = torch.ops._c10d_functional.all_reduce(parts.contiguous(), "sum", group)
+        return torch.ops._c10d_functional.wait_tensor(total)[rank]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Gather.apply(grad, *ctx.others), None, None, None
+
+
 def _synchronised(y: Tensor, bn: BatchNorm, momentum: float) -> Tensor:
     """``nn.SyncBatchNorm``'s function; on the CPU, where PyTorch has none, composed of functions that are there."""
     group = dist.distributed_c10d._resolve_process_group(bn.sync)  # type: ignore[arg-type]
@@ -86,7 +112,7 @@ def _synchronised(y: Tensor, bn: BatchNorm, momentum: float) -> Tensor:
     count = rows.new_full((1,), rows.shape[1])
     mean = rows.sum(1) / count.clamp(min=1)
     packed = torch.cat([mean, (rows - mean[:, None]).square().sum(1), count])
-    gathered = torch.stack(all_gather(packed, group))
+    gathered = _Gather.apply(packed, bn.sync, group.size(), group.rank())
     means, m2s, counts = gathered.split([len(mean), len(mean), 1], dim=1)
     total = counts.sum().clamp(min=1)
     mean = (counts * means).sum(0) / total

@@ -12,7 +12,7 @@ import fused_resnet as fr
 from tests.convert.beside import converted, drawn, image, in_interpreter, reasons, same
 
 timm = pytest.importorskip("timm")
-from timm.layers import BatchNormAct2d, BlurPool2d, DropBlock2d, DropPath  # noqa: E402
+from timm.layers import BatchNormAct2d, BlurPool2d, DropBlock2d, DropPath, convert_sync_batchnorm  # noqa: E402
 from timm.models import resnet  # noqa: E402
 
 pytestmark = in_interpreter
@@ -57,6 +57,10 @@ BLOCKS = {
     ),
     "norm that goes on to an activation": (
         lambda: activated(bottleneck()),
+        "fused around SiLU, ReLU",
+    ),
+    "norm that goes on to an activation, synchronised": (
+        lambda: convert_sync_batchnorm(activated(bottleneck())),
         "fused around SiLU, ReLU",
     ),
     "norm with an activation of its own": (

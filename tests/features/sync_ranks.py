@@ -51,6 +51,14 @@ def plain_pytorch(rank: int) -> None:
     """Where no kernel can run the same is composed of PyTorch's own functions."""
     check(rank, *pair(projected), images(8), route="reference", collectives=(0, 0))
     check(rank, *pair(Add), images(5), route="reference", collectives=(0, 0))
+    batches = images(8)
+    found = []
+    for net, x in zip(pair(projected), (batches[rank], torch.cat(batches)), strict=True):
+        x.requires_grad_()
+        with fr.use_route("reference"):
+            (first,) = torch.autograd.grad(net(x).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(found[0], found[1].split([3, 1])[rank])
 
 
 def memory_options(rank: int) -> None:
@@ -241,13 +249,16 @@ def nothing_on_one_rank(rank: int) -> None:
     check(rank, *layer("ConvBNReLU", 6, 9, 3), images(6, sizes))
     check(rank, *layer("Stem", 3, 8), images(3, sizes, size=18))
     check(rank, *pair(Add), images(5, sizes))
+    check(rank, *pair(projected), images(8, sizes), route="reference", collectives=(0, 0))
 
 
 def compiled(rank: int) -> None:
-    """One graph: the operators are opaque, and the group is a name in their plan."""
-    ours, theirs = pair(projected)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    check(rank, compiled, theirs, images(8))
+    """One graph: the operators are opaque, and the group is a name in their plan. Plain PyTorch is traced, as it is."""
+    for route, collectives in (("auto", None), ("reference", (0, 0))):
+        torch.compiler.reset()
+        ours, theirs = pair(projected)
+        network = torch.compile(ours, fullgraph=route == "auto", backend="aot_eager")
+        check(rank, network, theirs, images(8), route=route, collectives=collectives)
 
 
 def explained(rank: int) -> None:
