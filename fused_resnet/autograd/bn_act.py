@@ -11,7 +11,7 @@ from ..launch import bn_act_grad, bn_stats
 from ..launch.bits import empty_bits
 from ..launch.nhwc import nhwc
 from ..plan.passes import pass_config, reduce_config
-from .layer import finalize, grad_finalize
+from .layer import finalize, grad_finalize, unpacked
 from .library import define, refuse_second_derivative
 
 Tensor = torch.Tensor
@@ -172,6 +172,7 @@ class _BNAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, mask, stats, gamma, beta = ctx.saved_tensors
+        (y,) = unpacked(y)
         batch_statistics, _, _, *rest, _, sync = ctx.settings
         wants = ctx.needs_input_grad[1:5]
         grads = refuse_second_derivative(

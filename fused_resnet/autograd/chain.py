@@ -16,7 +16,7 @@ from ..launch.nhwc import nhwc
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
 from . import staged_backward, staged_forward
-from .layer import Layer, Needs, empty_mask, operands
+from .layer import Layer, Needs, empty_mask, operands, unpacked
 from .library import define, refuse_second_derivative
 from .staged_forward import Saved
 
@@ -251,6 +251,7 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, mask, *rest, input_mean, projection_mean, a1 = ctx.saved_tensors
         weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
+        x, a1, *ys = unpacked(x, a1, *ys)
         wants = ctx.needs_input_grad
         needs = [wants[3], wants[4]]
         for i in range(SLOTS):

@@ -50,6 +50,16 @@ class Layer(NamedTuple):
         }
 
 
+def unpacked(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Saved images as they were saved, channels_last: hooks that pack what is saved may give back other strides.
+
+    ``first`` tells for all, unless its own sizes leave it open.
+    """
+    if first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous():
+        return first, *others
+    return tuple(t if t.dim() < 4 else t.contiguous(memory_format=torch.channels_last) for t in (first, *others))
+
+
 class Needs(NamedTuple):
     """Which gradients of one layer are asked for."""
 

@@ -10,7 +10,7 @@ from ..launch import stem_pool
 from ..launch.nhwc import nhwc
 from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
-from .layer import Layer, Passes, frozen_stats, operands
+from .layer import Layer, Passes, frozen_stats, operands, unpacked
 from .library import define, refuse_second_derivative
 from .staged_backward import Formed, input_grad, wgrad
 from .staged_forward import conv_only, conv_raw
@@ -175,7 +175,10 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wants = ctx.needs_input_grad[3:7]
-        grads = refuse_second_derivative(stem_backward, ctx.plan, wants[0], wants[1], dout, *ctx.saved_tensors)
+        x, weight, gamma, beta, y, out, index, stats = ctx.saved_tensors
+        x, y, out, index = unpacked(x, y, out, index)
+        saved = (x, weight, gamma, beta, y, out, index, stats)
+        grads = refuse_second_derivative(stem_backward, ctx.plan, wants[0], wants[1], dout, *saved)
         wanted = [g if needed else None for g, needed in zip(grads, wants, strict=True)]
         return None, None, None, *wanted, None, None, None
 

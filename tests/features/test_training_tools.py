@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -273,3 +274,21 @@ def test_explaining_leaves_everything_and_honours_what_is_frozen(frozen: str) ->
         assert explained.bytes < whole.bytes and explained.launches < whole.launches
     if frozen in ("weights", "stem"):
         assert explained.flops < whole.flops
+
+
+@pytest.mark.parametrize("route", ["staged", "gram"])
+@pytest.mark.parametrize("sizes", [(12, 12), (1, 1)], ids=str)
+def test_hooks_that_give_back_what_was_saved_in_other_memory(sizes: tuple[int, int], route: str) -> None:
+    """As ``save_on_cpu`` with pinned memory does: the values, in NCHW."""
+    net = nn.Sequential(fr.Bottleneck(8, 2, 1, projection(8, 8)), fr.BasicBlock(8, 8), fr.BNAddReLU(8)).double()
+    if sizes[0] > 1:
+        net.insert(0, fr.Stem(3, 8).double())
+    x, found = torch.randn(9, 3 if sizes[0] > 1 else 8, *sizes, dtype=torch.float64), []
+    copies = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone().contiguous(), lambda t: t)
+    for context in (contextlib.nullcontext(), copies):
+        net.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with context, fr.use_route(route):
+            net(leaf).square().sum().backward()
+        found.append([leaf.grad, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(*found)
