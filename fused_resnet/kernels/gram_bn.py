@@ -187,7 +187,8 @@ def gram_backward_kernel(
 ):
     """dgamma, S, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most.
 
-    ``CENTRED``: T is that of a centred input. ``SYNC``: S is by the sums of all processes, and ``owed`` is made.
+    ``CENTRED``: T is that of a centred input. ``SYNC``: S is by the sums of all processes, and ``owed`` is made: see
+    gram_rows.py.
     """
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)

@@ -157,7 +157,7 @@ def gram_backward(
     bias (None): that is the gradient of a minus its mean and dz minus ``owed`` / rows, its mean as well.
 
     ``others``: ``stats`` are of the rows of several processes. dgamma, dbeta and dW are by this one's alone, as those
-    that data parallelism averages, AW, P and the bias make the gradient through all of them; ``owed`` is no mean then.
+    that data parallelism averages; AW, P, the bias and ``owed`` make the gradient through all of them (gram_rows.py).
     """
     q, p = _require_weight(weight)
     if t.dim() == 4:
