@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from ..launch.replay import replaying
+
+Tensor = torch.Tensor
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("fused_resnet", "DEF")
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines ``fused_resnet::<name>`` and returns the operator.
+    """Defines ``fused_resnet::<name>`` and returns what calls it.
 
     ``run`` serves CPU and CUDA tensors alike (the kernels run in the interpreter on the former); ``fake`` gives shapes,
-    dtypes and strides alone.
+    dtypes and strides alone. Where nobody looks at operators (no compiler, no dispatch mode, no profiler, no subclass
+    of tensors), PyTorch's dispatcher is passed by: with tens of arguments it costs the host as much as several launches.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    replayed = replaying(run)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, replayed, key)
     torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_library)
-    return getattr(torch.ops.fused_resnet, name).default  # type: ignore[no-any-return]
+    operator = getattr(torch.ops.fused_resnet, name).default
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_observed(arguments):
+            return operator(*arguments)
+        return replayed(*arguments)
+
+    return call
+
+
+def _is_observed(arguments: Sequence[Any]) -> bool:
+    """Whether somebody wants to see the operator: a dispatch mode, a profiler, or a tensor with a dispatch of its own."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
+        return True
+    return any(isinstance(argument, Tensor) and type(argument) not in PLAIN for argument in arguments)
 
 
 class _Once(torch.autograd.Function):

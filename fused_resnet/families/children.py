@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..arguments import member
 from ..functional import BatchNorm, batch_norm_of
 from ..plan import store
 
@@ -50,6 +51,11 @@ class Unscriptable(nn.Module):
         )
 
 
+def children(module: nn.Module, *names: str) -> list[Any]:
+    """Attributes of ``module`` that are mostly modules."""
+    return [member(module, module._modules, name) for name in names]
+
+
 def passive(hook: Hook) -> Hook:
     """Marks a global hook that need not be called for the children of a fused block."""
     hook.is_passive = True  # type: ignore[attr-defined]
@@ -70,13 +76,14 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     Hooks (pruning is one), a parametrisation or sharding (they change the class) and a forward replaced on the instance
     all expect the call itself; a subclass may compute something else.
     """
+    own = module.__dict__
     return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _is_watched_globally()
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or ((_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks) and _is_watched_globally())
     )
 
 
@@ -86,7 +93,7 @@ def why_not_conv(conv: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> Obstacle
         return Obstacle(f"{_name(conv)} is not {kind.__name__}", passing=is_parametrized(conv))
     if not is_untouched(conv, kind):
         return Obstacle(f"{_name(conv)} carries hooks or another forward", passing=True)
-    if conv.bias is not None:
+    if member(conv, conv._parameters, "bias") is not None:
         return Obstacle("a convolution has a bias")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Obstacle("a convolution pads otherwise than by a number of zeros")

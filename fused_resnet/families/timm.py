@@ -6,25 +6,26 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .children import Obstacle
+from .children import Obstacle, children
 from .fused import FusedBlock, FusedStem
 from .residual import Residual, Step, gather_for, run
 
 
 def basic_block(block: nn.Module) -> Residual:
     """``block`` as timm's BasicBlock calls its children."""
-    first = (block.conv1, block.bn1, block.drop_block, block.act1, block.aa)
-    tail = (block.se, block.drop_path)
-    return Residual((*first, block.conv2, block.bn2, *tail), (block.downsample,), block.act2)  # type: ignore[arg-type]
+    first = children(block, "conv1", "bn1", "drop_block", "act1", "aa")
+    second = children(block, "conv2", "bn2", "se", "drop_path")
+    downsample, act2 = children(block, "downsample", "act2")
+    return Residual((*first, *second), (downsample,), act2)
 
 
 def bottleneck(block: nn.Module) -> Residual:
     """``block`` as timm's Bottleneck calls its children."""
-    first = (block.conv1, block.bn1, block.act1)
-    second = (block.conv2, block.bn2, block.drop_block, block.act2, block.aa)
-    tail = (block.se, block.drop_path)
-    branch = (*first, *second, block.conv3, block.bn3, *tail)
-    return Residual(branch, (block.downsample,), block.act3)  # type: ignore[arg-type]
+    first = children(block, "conv1", "bn1", "act1")
+    second = children(block, "conv2", "bn2", "drop_block", "act2", "aa")
+    third = children(block, "conv3", "bn3", "se", "drop_path")
+    downsample, act3 = children(block, "downsample", "act3")
+    return Residual((*first, *second, *third), (downsample,), act3)
 
 
 class TimmBasicBlock(FusedBlock):

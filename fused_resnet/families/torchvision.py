@@ -7,21 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .children import Obstacle
+from .children import Obstacle, children
 from .fused import FusedBlock, FusedStem
 from .residual import Residual, Step, gather_for, run
 
 
 def basic_block(block: nn.Module, *tail: Step) -> Residual:
     """``block`` as torchvision's BasicBlock calls its children; ``tail``: what is called before the sum."""
-    branch = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, *tail)
-    return Residual(branch, (block.downsample,), block.relu)  # type: ignore[arg-type]
+    conv1, bn1, relu, conv2, bn2, downsample = children(block, "conv1", "bn1", "relu", "conv2", "bn2", "downsample")
+    return Residual((conv1, bn1, relu, conv2, bn2, *tail), (downsample,), relu)
 
 
 def bottleneck(block: nn.Module, *tail: Step) -> Residual:
     """``block`` as torchvision's Bottleneck calls its children; ``tail``: what is called before the sum."""
-    first = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu)
-    return Residual((*first, block.conv3, block.bn3, *tail), (block.downsample,), block.relu)  # type: ignore[arg-type]
+    conv1, bn1, relu, conv2, bn2 = children(block, "conv1", "bn1", "relu", "conv2", "bn2")
+    conv3, bn3, downsample = children(block, "conv3", "bn3", "downsample")
+    return Residual((conv1, bn1, relu, conv2, bn2, relu, conv3, bn3, *tail), (downsample,), relu)
 
 
 class TorchvisionBasicBlock(FusedBlock):

@@ -40,9 +40,17 @@ class Rehearsed(NamedTuple):
 OnKernel = Callable[[Rehearsed], object]
 
 
+OnLaunch = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any], Any], None]
+"""Is told of a launch that happened: function, grid, arguments by name, options, and what launching it returned."""
+
+
 class _Rehearsal(threading.local):
     launches: list[Launch] | None = None
     on_kernel: OnKernel | None = None
+
+
+class _Listener(threading.local):
+    on_launch: OnLaunch | None = None
 
 
 class Watch(Protocol):
@@ -57,6 +65,7 @@ _lock = threading.Lock()
 _watches: list[Watch] = []
 _recorders: list[list[Launch]] = []
 _rehearsal = _Rehearsal()
+_listener = _Listener()
 
 
 @contextmanager
@@ -95,6 +104,17 @@ def watch_launches(watch: Watch) -> Iterator[None]:
         yield
     finally:
         _watches.remove(watch)
+
+
+def is_watched() -> bool:
+    """Whether a record is open, or somebody watches launches."""
+    return bool(_recorders or _watches or _rehearsal.launches is not None)
+
+
+def tell_of_launches(on_launch: OnLaunch | None) -> OnLaunch | None:
+    """Has ``on_launch`` told of this thread's launches, of all that really happen; returns who was told before."""
+    before, _listener.on_launch = _listener.on_launch, on_launch
+    return before
 
 
 def nbytes(touched: Iterable[torch.Tensor | int | None]) -> int:
@@ -150,8 +170,10 @@ def launch(
         watch.begin(kernel.fn.__name__, config)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **config.options)
+            made = kernel[grid](**arguments, **config.options)
     else:
-        kernel[grid](**arguments, **config.options)
+        made = kernel[grid](**arguments, **config.options)
     for watch in _watches:
         watch.end()
+    if _listener.on_launch is not None:
+        _listener.on_launch(kernel, grid, arguments, config.options, made)

@@ -1,0 +1,200 @@
+"""An operator's launches, written down once and then replayed: what the host does for a step it has done before.
+
+An operator's body is Python that checks, plans, allocates and launches, and all it does follows from its arguments'
+metadata. So the first call of a kind writes down, in order, PyTorch's operators that ran (memory, views, the vendor's
+convolutions) and our launches, and later calls run that list as one straight function: no checks, no dictionaries, and
+each kernel as Triton compiled it, without asking Triton again which one that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import record
+
+Tensor = torch.Tensor
+Body = Callable[..., tuple[Tensor, ...]]
+
+LIMIT = 4096
+"""Sequences that one operator keeps; beyond it all are forgotten, as a job of ever new sizes would have it."""
+
+
+def replaying(body: Body) -> Body:
+    """``body`` that writes down what it does, and replays it for arguments of the same kind.
+
+    ``body`` takes tensors, None, sequences of these and hashable values, and returns new tensors; which operators it
+    calls and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees
+    ``body`` itself.
+    """
+    sequences: dict[Any, Body | None] = {}
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        if record.is_watched():
+            return body(*arguments)
+        tensors: list[Tensor] = []
+        kind = _kind(arguments, tensors), torch._C._get_cudnn_allow_tf32()
+        if len({id(t) for t in tensors}) < len(tensors):
+            return body(*arguments)  # a tensor of two meanings: which of them a line reads cannot be told
+        sequence = sequences.get(kind, body)
+        if sequence is body:
+            if len(sequences) >= LIMIT:
+                sequences.clear()
+            with _Writer(tensors) as writer:
+                results = body(*arguments)
+            sequences[kind] = writer.sequence(results)
+            return results
+        if sequence is None:
+            return body(*arguments)
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return sequence(*tensors)
+        return sequence(*tensors)
+
+    return call
+
+
+def _kind(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """What decides on a body's launches. Appends the tensors among ``arguments`` to ``tensors``."""
+    kind: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            # Triton compiles for pointers to multiples of 16 bytes, and for others.
+            kind.append((argument.shape, argument.stride(), argument.dtype, argument.data_ptr() & 15))
+        elif isinstance(argument, (list, tuple)):
+            kind.append(_kind(argument, tensors))
+        else:
+            kind.append(argument)
+    return tuple(kind)
+
+
+class _Line(NamedTuple):
+    text: str
+    reads: set[str]
+    results: tuple[str, ...]
+    is_memory: bool
+
+
+class _Unknown(Exception):
+    """A tensor that is neither an argument nor made of them."""
+
+
+_aten = torch.ops.aten
+_MEMORY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
+
+
+class _Writer(TorchDispatchMode):
+    """Writes what runs inside as the lines of a function."""
+
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.lines: list[_Line] | None = []
+        self.constants: dict[str, Any] = {"torch": torch, "TensorDescriptor": TensorDescriptor}
+        self.names = WeakTensorKeyDictionary()  # of tensors; the memory is freed as it would be
+        self.numbers = count()
+        self.parameters = [self.define(t) for t in arguments]
+
+    def __enter__(self) -> _Writer:
+        self.before = record.tell_of_launches(self.launched)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        record.tell_of_launches(self.before)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        if func in _MEMORY:
+            size, stride = tuple(results.shape), results.stride()
+            options = f"dtype={results.dtype}, device={self.constant(results.device)}"
+            self.write(lambda _: f"torch.empty_strided({size}, {stride}, {options})", results, is_memory=True)
+        else:
+            self.write(lambda value: f"{self.constant(func)}({_listed(value, args, kwargs)})", results)
+        return results
+
+    def launched(self, kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any], made: Any) -> None:
+        """Of a launch that was queued; ``made`` is what launching returned."""
+        values = [arguments[name] for name in kernel.arg_names]
+        if isinstance(made, CompiledKernel):
+            run = self.constant(made[(*grid, 1, 1)[:3]])
+            self.write(lambda value: f"{run}({_listed(value, values)})")
+        else:
+            self.write(lambda value: f"{self.constant(kernel)}[{grid}]({_listed(value, values, options)})")
+
+    def write(self, call: Callable[[Callable[[Any], str]], str], results: Any = (), *, is_memory: bool = False) -> None:
+        """Adds a line; ``call`` makes its text of what puts a value into words."""
+        if self.lines is None:
+            return
+        reads: set[str] = set()
+        try:
+            text = call(lambda value: self.value(value, reads))
+        except _Unknown:
+            self.lines = None
+            return
+        if isinstance(results, Tensor):
+            names: tuple[str, ...] = (self.define(results),)
+            text = f"{names[0]} = {text}"
+        elif names := tuple("_" if t is None else self.define(t) for t in results):
+            text = f"{', '.join(names)}, = {text}"
+        self.lines.append(_Line(text, reads, names, is_memory))
+
+    def sequence(self, results: Sequence[Tensor]) -> Body | None:
+        """The function of the arguments' tensors that does what was written; None if it cannot be told."""
+        if self.lines is None or any(t not in self.names for t in results):
+            return None
+        returned = [self.names[t] for t in results]
+        needed, body = {*returned, *self.parameters, "_"}, [f"    return ({''.join(f'{name}, ' for name in returned)})"]
+        for line in reversed(self.lines):
+            if line.is_memory and needed.isdisjoint(line.results):
+                continue  # nobody reads or writes it
+            if dead := sorted((line.reads | {*line.results}) - needed):
+                body.append(f"    del {', '.join(dead)}")
+            needed |= line.reads
+            body.append(f"    {line.text}")
+        source = "\n".join([f"def sequence({', '.join(self.parameters)}):", *reversed(body)])
+        namespace = dict(self.constants)
+        exec(compile(source, "<replayed launches>", "exec"), namespace)
+        return namespace["sequence"]  # type: ignore[no-any-return]
+
+    # ----- words -----
+
+    def define(self, t: Tensor) -> str:
+        if t not in self.names:
+            self.names[t] = f"t{next(self.numbers)}"
+        return self.names[t]  # type: ignore[no-any-return]
+
+    def constant(self, value: Any) -> str:
+        name = f"c{next(self.numbers)}"
+        self.constants[name] = value
+        return name
+
+    def value(self, value: Any, reads: set[str]) -> str:
+        if isinstance(value, Tensor):
+            if value not in self.names:
+                raise _Unknown
+            reads.add(self.names[value])
+            return self.names[value]  # type: ignore[no-any-return]
+        if hasattr(value, "_fields"):
+            return f"{self.constant(type(value))}({_listed(lambda field: self.value(field, reads), value)})"
+        if isinstance(value, (list, tuple)):
+            return f"({''.join(self.value(each, reads) + ', ' for each in value)})"
+        if isinstance(value, TensorDescriptor):
+            return f"TensorDescriptor({_listed(lambda v: self.value(v, reads), (value.base, value.shape, value.strides, value.block_shape))})"
+        if value is None or type(value) in (int, bool, str):
+            return repr(value)
+        return self.constant(value)
+
+
+def _listed(value: Callable[[Any], str], values: Sequence[Any], options: dict[str, Any] | None = None) -> str:
+    return ", ".join([*map(value, values), *(f"{name}={value(option)}" for name, option in (options or {}).items())])
