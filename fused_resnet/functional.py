@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 from operator import index
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from . import plain
+from .alike import Kinds, are_plain
 from .arguments import (
     BatchNorm,
     Conv,
@@ -46,8 +47,9 @@ from .autograd import absent, chain, preflight
 from .autograd import bn_act as bn_act_op
 from .autograd import stem as stem_op
 from .layout import is_channels_last, nhwc
-from .plan import planner
+from .plan import planner, tables
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
+from .plan.target import assumption
 
 __all__ = [
     "BatchNorm",
@@ -228,66 +230,107 @@ def conv_bn_chain(
         raise ValueError(f"a chain has one to {len(NAMES)} layers, got {len(layers)}")
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
-    dtype, device = compute_dtype(x), x.device
-    check_image(x)
-    shape = shortcut = tuple(x.shape)
-    for name, (conv, bn) in zip(NAMES, layers, strict=False):
-        shape = check_layer(shape, dtype, device, conv, bn, name)
-    if projection is not None:
-        shortcut = check_layer(shortcut, dtype, device, *projection, "projection")
-    elif residual is not None:
-        check_residual(residual, shape, device)
-        shortcut = shape
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
-    if kind != "none" and shortcut != shape:
-        raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
-    added = x if kind == "identity" else residual
-    if _widens(added, dtype):
-        return _add(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
+    everything = (*layers, projection) if projection else tuple(layers)
+    dtype, request, slots = compute_dtype(x), _request(route, x), _slots(layers, projection)
+    settled, key, tensors = None, None, []
+    if not torch.compiler.is_compiling():
+        given = (x, residual, *slots, *[bn.num_batches_tracked for _, bn in everything])
+        tensors = [t for t in given if t is not None]
+        values = (dtype, kind, relu, memory, request, torch.is_grad_enabled(), assumption(), x.shape)
+        layer_values = [conv[1:] + bn[5:] for conv, bn in everything]
+        key = (*values, *layer_values, *[t is None for t in given])
+        settled = _settled.find(key, tensors)
 
-    everything = [*layers, projection] if projection else layers
-    training, sync = everything[0][1].training, everything[0][1].sync
-    for _, bn in everything:
-        if bn.training != training or bn.sync != sync:
-            return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
-    request = _request(route, x)
-    text, planned, reason = preflight.chain_plan_text(
-        device,
-        _dtype_name(dtype),
-        _size(x, request),
-        tuple([_geometry(conv) for conv, _ in layers]),
-        _geometry(projection[0]) if projection else None,
-        kind,
-        relu,
-        training,
-        _needs_grad(x, residual, *_parameters(*everything)),
-        request.route,
-        *memory,
-        sync=sync,
-        parameters=_dtype_name(layers[0][0].weight.dtype),
-    )
-    if sync and reason == planner.EMPTY_BATCH:
-        norms = [(conv.weight, bn) for conv, bn in everything]
-        return _absent(x.to(dtype), shape, norms, residual, projects=projection is not None)
-    if not _take(planned, reason, request, "a chain of convolutions"):
-        return plain.chain(x, layers, projection, residual, kind, relu)
+    if settled is None:
+        shape = _check_chain(x, layers, projection, residual, kind, dtype)
+        added = x if kind == "identity" else residual
+        if _widens(added, dtype):
+            return _add(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
+        training, sync = everything[0][1].training, everything[0][1].sync
+        for _, bn in everything:
+            if bn.training != training or bn.sync != sync:
+                return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
+        text, planned, reason = preflight.chain_plan_text(
+            x.device,
+            _dtype_name(dtype),
+            _size(x, request),
+            tuple([_geometry(conv) for conv, _ in layers]),
+            _geometry(projection[0]) if projection else None,
+            kind,
+            relu,
+            training,
+            _needs_grad(x, residual, *_parameters(*everything)),
+            request.route,
+            *memory,
+            sync=sync,
+            parameters=_dtype_name(layers[0][0].weight.dtype),
+        )
+        if sync and reason == planner.EMPTY_BATCH:
+            norms = [(conv.weight, bn) for conv, bn in everything]
+            return _absent(x.to(dtype), shape, norms, residual, projects=projection is not None)
+        if not _take(planned, reason, request, "a chain of convolutions"):
+            return plain.chain(x, layers, projection, residual, kind, relu)
+        settled = _Settled(
+            text,
+            tuple([_momentum(bn) for _, bn in everything]),
+            tuple([bn.eps for _, bn in everything]),
+            is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),
+        )
+        if key is not None and are_plain(tensors):
+            _settled.remember(key, tensors, settled)
 
-    channels_last = is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything)
-    plain.count_batch(*(bn for _, bn in everything))
+    plain.count_batch(*[bn for _, bn in everything])
+    x, residual = nhwc(x.to(dtype)), None if residual is None else nhwc(residual.to(dtype))
+    out = chain.conv_chain(settled.plan, settled.momenta, settled.epsilons, x, residual, slots)
+    return out if settled.channels_last else out.contiguous()
+
+
+class _Settled(NamedTuple):
+    """A chain that was checked and planned, and takes a fused route."""
+
+    plan: str
+    momenta: tuple[float, ...]
+    epsilons: tuple[float, ...]
+    channels_last: bool
+
+
+_settled: Kinds[_Settled] = Kinds()
+"""By everything that checking and planning read."""
+tables.stale.append(_settled.clear)
+
+
+def _slots(layers: Sequence[Layer], projection: Layer | None) -> list[Tensor | None]:
+    """The tensors of a chain in the places where its operator takes them."""
     slots: list[Tensor | None] = []
     for conv, bn in layers:
         slots += (conv.weight, *_bn_tensors(bn))
     slots += [None] * ((chain.SLOTS - 1) * len(chain.FIELDS) - len(slots))
     slots += (projection[0].weight, *_bn_tensors(projection[1])) if projection else NOTHING
-    out = chain.conv_chain(
-        text,
-        tuple([_momentum(bn) for _, bn in everything]),
-        tuple([bn.eps for _, bn in everything]),
-        nhwc(x.to(dtype)),
-        None if residual is None else nhwc(residual.to(dtype)),
-        slots,
-    )
-    return out if channels_last else out.contiguous()
+    return slots
+
+
+def _check_chain(
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    residual: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """The output's shape; raises where eager would, before anything is touched."""
+    check_image(x)
+    shape = shortcut = tuple(x.shape)
+    for name, (conv, bn) in zip(NAMES, layers, strict=False):
+        shape = check_layer(shape, dtype, x.device, conv, bn, name)
+    if projection is not None:
+        shortcut = check_layer(shortcut, dtype, x.device, *projection, "projection")
+    elif residual is not None:
+        check_residual(residual, shape, x.device)
+        shortcut = shape
+    if kind != "none" and shortcut != shape:
+        raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
+    return shape
 
 
 def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:

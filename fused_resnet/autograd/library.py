@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
+from ..alike import are_plain
 from ..launch.replay import replaying
-
-Tensor = torch.Tensor
-PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("fused_resnet", "DEF")
 
@@ -20,7 +18,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
 
     ``run`` serves CPU and CUDA tensors alike (the kernels run in the interpreter on the former); ``fake`` gives shapes,
     dtypes and strides alone. Where nobody looks at operators (no compiler, no dispatch mode, no profiler, no subclass
-    of tensors), PyTorch's dispatcher is passed by: with tens of arguments it costs the host as much as several launches.
+    of tensors), PyTorch's dispatcher is passed by: with tens of arguments it costs the host as much as some launches.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
@@ -39,10 +37,9 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
 
 
 def _is_observed(arguments: Sequence[Any]) -> bool:
-    """Whether somebody wants to see the operator: a dispatch mode, a profiler, or a tensor with a dispatch of its own."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
-        return True
-    return any(isinstance(argument, Tensor) and type(argument) not in PLAIN for argument in arguments)
+    """Whether somebody wants to see the operator: a profiler, a dispatch mode, or a tensor with its own dispatch."""
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    return torch.autograd.profiler._is_profiler_enabled or not are_plain(tensors)
 
 
 class _Once(torch.autograd.Function):

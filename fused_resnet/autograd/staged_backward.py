@@ -33,11 +33,12 @@ class Gradient(NamedTuple):
 
 
 class Formed(NamedTuple):
-    """The gradient of one conv's output, formed."""
+    """The gradient of one conv's output, formed. ``dx``: that of its input, where the vendor gave both at once."""
 
     dz: Tensor
     y: None = None
     coeffs: None = None
+    dx: Tensor | None = None
 
 
 def wgrad(
@@ -84,6 +85,12 @@ class _Step(NamedTuple):
     needs: Needs
     wants_dgrad: bool
     formed_input: Tensor | None = None
+
+    @property
+    def is_vendors(self) -> bool:
+        """Whether both gradients are asked for, and the vendor computes both."""
+        wanted = self.wants_dgrad and self.needs.weight
+        return wanted and self.conv.dgrad.config is None and self.conv.wgrad.config is None
 
     @property
     def needs_forming(self) -> bool:
@@ -219,7 +226,12 @@ def _layer_backward(
         below, below_stats = step.input, step.input_stats
         if step.formed_input is not None:
             below, below_stats = step.formed_input, None
-        dw = wgrad(passes, conv, layer.weight, below, below_stats, gradient, layer.weight_dtype)
+        if step.is_vendors:
+            below = below if below_stats is None else passes.act(below, below_stats)
+            dx, dw = vendor.conv_backward(gradient.dz, below, layer.weight, conv.problem)
+            gradient, dw = Formed(gradient.dz, dx=dx), dw.to(layer.weight_dtype)
+        else:
+            dw = wgrad(passes, conv, layer.weight, below, below_stats, gradient, layer.weight_dtype)
     elif not passes.batch and step.needs.any:
         # y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
         t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)
@@ -230,11 +242,17 @@ def _layer_backward(
     return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient
 
 
+def _vendor_dgrad(conv: ConvPlan, weight: Tensor, x: Tensor, grad: Gradient | Formed) -> Tensor:
+    """``x`` gives the shape alone."""
+    given = grad.dx if isinstance(grad, Formed) else None
+    return vendor.conv_dgrad(grad.dz, x, weight, conv.problem) if given is None else given
+
+
 def _projection_grad(step: _Step, gradient: Gradient | Formed) -> tuple[Tensor, tuple[int, int]]:
     """dx through the projection and its stride: our kernel writes the sampled pixels of a 1x1 conv only."""
     conv, weight = step.conv, step.layer.weight
     if conv.dgrad.config is None:
-        return vendor.conv_dgrad(gradient.dz, step.input, weight, conv.problem), (1, 1)
+        return _vendor_dgrad(conv, weight, step.input, gradient), (1, 1)
     compact = conv.problem.sampled() if conv.problem.is_pointwise else conv.problem
     dx, _ = conv_dgrad(gradient.dz, weight, compact, conv.dgrad.config, y=gradient.y, coeffs=gradient.coeffs)
     return dx, conv.problem.stride if conv.problem.is_pointwise else (1, 1)
@@ -255,7 +273,7 @@ def input_grad(
     if config is None or (config.form != "rows" and residual is not None):
         assert residual_bits is None
         if config is None:
-            dx = vendor.conv_dgrad(grad.dz, x, weight, conv.problem)
+            dx = _vendor_dgrad(conv, weight, x, grad)
         else:
             dx, _ = conv_dgrad(grad.dz, weight, conv.problem, config)
         if residual is not None:
@@ -282,7 +300,7 @@ def _masked_dgrad(
     """dz of the layer below, behind its ReLU's mask, and the tiles of its BN's reductions."""
     conv, below, weight = step.conv, step.input, step.layer.weight
     if conv.dgrad.config is None:
-        da = vendor.conv_dgrad(gradient.dz, below, weight, conv.problem)
+        da = _vendor_dgrad(conv, weight, below, gradient)
         if passes.batch:
             return passes.grad_reduce(da, below, below_stats)
         return passes.grad_reduce(da, None, below_stats, out=below)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..alike import Kinds
 from . import record
 
 Tensor = torch.Tensor
 Body = Callable[..., tuple[Tensor, ...]]
-
-LIMIT = 4096
-"""Sequences that one operator keeps; beyond it all are forgotten, as a job of ever new sizes would have it."""
 
 
 def replaying(body: Body) -> Body:
@@ -34,25 +32,22 @@ def replaying(body: Body) -> Body:
     calls and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees
     ``body`` itself.
     """
-    sequences: dict[Any, Body | None] = {}
+    written: Kinds[Body | Literal[False]] = Kinds()  # False: what it does cannot be written
+    _everything_written.append(written)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        if record.is_watched():
-            return body(*arguments)
         tensors: list[Tensor] = []
-        kind = _kind(arguments, tensors), torch._C._get_cudnn_allow_tf32()
-        if len({id(t) for t in tensors}) < len(tensors):
-            return body(*arguments)  # a tensor of two meanings: which of them a line reads cannot be told
-        sequence = sequences.get(kind, body)
-        if sequence is body:
-            if len(sequences) >= LIMIT:
-                sequences.clear()
+        key = _values(arguments, tensors), torch._C._get_cudnn_allow_tf32()  # a switch that launchers read
+        sequence = written.find(key, tensors)
+        if sequence is False or record.is_watched():
+            return body(*arguments)
+        if sequence is None:
+            if len({id(t) for t in tensors}) < len(tensors):
+                return body(*arguments)  # of a tensor with two meanings, which one a line reads cannot be told
             with _Writer(tensors) as writer:
                 results = body(*arguments)
-            sequences[kind] = writer.sequence(results)
+            written.remember(key, tensors, writer.sequence(results))
             return results
-        if sequence is None:
-            return body(*arguments)
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -62,19 +57,27 @@ def replaying(body: Body) -> Body:
     return call
 
 
-def _kind(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """What decides on a body's launches. Appends the tensors among ``arguments`` to ``tensors``."""
-    kind: list[Any] = []
+def forget() -> None:
+    """All sequences: the next calls write them anew."""
+    for written in _everything_written:
+        written.clear()
+
+
+_everything_written: list[Kinds[Body | Literal[False]]] = []
+
+
+def _values(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """``arguments`` with a word in place of each tensor, which is appended to ``tensors``."""
+    values: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             tensors.append(argument)
-            # Triton compiles for pointers to multiples of 16 bytes, and for others.
-            kind.append((argument.shape, argument.stride(), argument.dtype, argument.data_ptr() & 15))
+            values.append(Tensor)
         elif isinstance(argument, (list, tuple)):
-            kind.append(_kind(argument, tensors))
+            values.append(_values(argument, tensors))
         else:
-            kind.append(argument)
-    return tuple(kind)
+            values.append(argument)
+    return tuple(values)
 
 
 class _Line(NamedTuple):
@@ -120,7 +123,8 @@ class _Writer(TorchDispatchMode):
             options = f"dtype={results.dtype}, device={self.constant(results.device)}"
             self.write(lambda _: f"torch.empty_strided({size}, {stride}, {options})", results, is_memory=True)
         else:
-            self.write(lambda value: f"{self.constant(func)}({_listed(value, args, kwargs)})", results)
+            called = torch.convolution if func is _aten.convolution.default else func  # half of the host's time
+            self.write(lambda value: f"{self.constant(called)}({_listed(value, args, kwargs)})", results)
         return results
 
     def launched(self, kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any], made: Any) -> None:
@@ -149,10 +153,10 @@ class _Writer(TorchDispatchMode):
             text = f"{', '.join(names)}, = {text}"
         self.lines.append(_Line(text, reads, names, is_memory))
 
-    def sequence(self, results: Sequence[Tensor]) -> Body | None:
-        """The function of the arguments' tensors that does what was written; None if it cannot be told."""
+    def sequence(self, results: Sequence[Tensor]) -> Body | Literal[False]:
+        """The function of the arguments' tensors that does what was written; False if that cannot be told."""
         if self.lines is None or any(t not in self.names for t in results):
-            return None
+            return False
         returned = [self.names[t] for t in results]
         needed, body = {*returned, *self.parameters, "_"}, [f"    return ({''.join(f'{name}, ' for name in returned)})"]
         for line in reversed(self.lines):
@@ -190,7 +194,8 @@ class _Writer(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             return f"({''.join(self.value(each, reads) + ', ' for each in value)})"
         if isinstance(value, TensorDescriptor):
-            return f"TensorDescriptor({_listed(lambda v: self.value(v, reads), (value.base, value.shape, value.strides, value.block_shape))})"
+            parts = (value.base, value.shape, value.strides, value.block_shape)
+            return f"TensorDescriptor({_listed(lambda part: self.value(part, reads), parts)})"
         if value is None or type(value) in (int, bool, str):
             return repr(value)
         return self.constant(value)

@@ -27,6 +27,16 @@ def conv_fprop(x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> t
     return _nhwc(y)
 
 
+def conv_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dw by one call: two kernels all the same, and half of what the host pays for two calls."""
+    dx, dw, _ = _backward(dy, x, weight, None, *_geometry(problem), (True, True, False))
+    note("vendor_conv_wgrad", problem.flops, (x, dy, dw), {})
+    note("vendor_conv_dgrad", problem.flops, (dy, weight, dx), {})
+    return _nhwc(dx), _nhwc(dw)
+
+
 def conv_dgrad(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
     """``x`` gives the shape alone; it is not read."""
     dx = _backward(dy, x, weight, None, *_geometry(problem), (True, False, False))[0]

@@ -110,6 +110,11 @@ def assume(assumption: Assumption) -> Iterator[None]:
         _assumed.current = before
 
 
+def assumption() -> Assumption | None:
+    """What :func:`assume` says on this thread."""
+    return _assumed.current
+
+
 def current(device: torch.device) -> Target | None:
     """What the kernels would run on for tensors of ``device``; None where they cannot (:func:`why_not` says why).
 

@@ -103,10 +103,12 @@ def test_opcheck(training: bool, optional: bool) -> None:
     residual = cl(image(2, 3, 4, 3)) if optional else None
     counter = torch.tensor(3) if optional and training else None
     settings = (training, 0.1, 1e-5, True, 1, True, optional, "")
-    torch.library.opcheck(op.bn_act_forward, (y, residual, gamma, beta, mean, var, counter, *settings))
+    torch.library.opcheck(
+        torch.ops.fused_resnet.bn_act_forward.default, (y, residual, gamma, beta, mean, var, counter, *settings)
+    )
     out, mask, stats = op.bn_act_forward(y, residual, gamma, beta, mean, var, counter, *settings)
     dout = torch.randn_like(out)
     needs = [[True, True], [True, False], [False, True], [False, False]]
     for relu, (needs_y, needs_residual) in itertools.product((True, False), needs):
         arguments = (dout, y, mask, stats, gamma, beta, needs_y, needs_residual)
-        torch.library.opcheck(op.bn_act_backward, (*arguments, training, relu, 1, True, ""))
+        torch.library.opcheck(torch.ops.fused_resnet.bn_act_backward.default, (*arguments, training, relu, 1, True, ""))

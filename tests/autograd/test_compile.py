@@ -224,7 +224,9 @@ def test_opcheck(kind: str, training: bool, backward: bool) -> None:
     residual = torch.randn_like(x) if kind == "given" else None
     tensors = slots(pairs, kind == "projection", affine=kind != "identity")
     momenta, epsilons = [0.1] * len(pairs), [1e-5] * len(pairs)
-    torch.library.opcheck(op.chain_forward, (text, momenta, epsilons, x, residual, *tensors))
+    torch.library.opcheck(
+        torch.ops.fused_resnet.chain_forward.default, (text, momenta, epsilons, x, residual, *tensors)
+    )
     if not backward:
         return
     out, mask, *rest = op.chain_forward(text, momenta, epsilons, x, residual, *tensors)
@@ -240,4 +242,6 @@ def test_opcheck(kind: str, training: bool, backward: bool) -> None:
     )
     r = kind == "given"
     for needs in ([True, r] + [True] * 8, [False, r] + [True] * 8, [True, r] + [False] * 8, [False, r, True] * 3 + [r]):
-        torch.library.opcheck(op.chain_backward, (text, needs, torch.randn_like(out), *given))
+        torch.library.opcheck(
+            torch.ops.fused_resnet.chain_backward.default, (text, needs, torch.randn_like(out), *given)
+        )

@@ -128,8 +128,13 @@ def test_opcheck(training: bool, optional: bool) -> None:
     mean, var = (bn.running_mean, bn.running_var) if optional or not training else (None, None)
     gamma, beta = (bn.weight.detach(), bn.bias.detach()) if optional else (None, None)
     counter = torch.tensor(3) if optional and training else None
-    torch.library.opcheck(op.stem_forward, (text, x, weight, gamma, beta, mean, var, counter, 0.1, 1e-5))
+    torch.library.opcheck(
+        torch.ops.fused_resnet.stem_forward.default, (text, x, weight, gamma, beta, mean, var, counter, 0.1, 1e-5)
+    )
     out, y, index, stats = op.stem_forward(text, x, weight, gamma, beta, mean, var, counter, 0.1, 1e-5)
     dout = torch.randn_like(out)
     for needs in itertools.product((True, False), repeat=2):
-        torch.library.opcheck(op.stem_backward, (text, *needs, dout, x, weight, gamma, beta, y, out, index, stats))
+        torch.library.opcheck(
+            torch.ops.fused_resnet.stem_backward.default,
+            (text, *needs, dout, x, weight, gamma, beta, y, out, index, stats),
+        )

@@ -1,0 +1,334 @@
+"""What was written down of a step and replayed is the step: numbers, launches and memory."""
+
+from __future__ import annotations
+
+import dis
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_resnet as fr
+from fused_resnet.autograd import staged_backward, staged_forward
+from fused_resnet.launch import record, replay
+from fused_resnet.launch.replay import replaying
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+# ----- bodies of PyTorch's own operators -----
+
+
+class Counted:
+    """A body that counts how often it ran itself."""
+
+    def __init__(self, body: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.body, self.count = body, 0
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        self.count += 1
+        return self.body(*arguments)
+
+
+def double_rows(scale: float, x: Tensor, rows: list[Tensor | None]) -> tuple[Tensor, ...]:
+    total = x * scale
+    for row in rows:
+        if row is not None:
+            total = total + row[0]
+    scratch = torch.empty_like(x)
+    scratch.copy_(total)
+    upper, _ = torch.max(scratch, dim=1)
+    return total, upper
+
+
+@pytest.mark.quick
+def test_a_second_call_replays_with_its_own_tensors() -> None:
+    body = Counted(double_rows)
+    call = replaying(body)
+    for round_ in range(3):
+        x, row = torch.randn(3, 4), torch.randn(2, 4)
+        total, upper = call(2.0, x, [None, row])
+        assert torch.equal(total, x * 2.0 + row[0]) and torch.equal(upper, total.max(1).values)
+        assert body.count == 1, round_
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x, row: (3.0, x, [None, row]),
+        lambda x, row: (2.0, x, [row, None]),
+        lambda x, row: (2.0, x, [row, row.clone()]),
+        lambda x, row: (2.0, x.double(), [None, row]),
+        lambda x, row: (2.0, x[:2], [None, row]),
+        lambda x, row: (2.0, x.t().contiguous().t(), [None, row]),
+        lambda x, row: (2.0, torch.cat([x.flatten()[:1], x.flatten()])[1:].view(3, 4), [None, row]),
+    ],
+    ids=["value", "place", "number", "dtype", "shape", "strides", "alignment"],
+)
+def test_another_kind_is_written_anew(other: Callable[[Tensor, Tensor], tuple[Any, ...]]) -> None:
+    body = Counted(double_rows)
+    call = replaying(body)
+    x, row = torch.randn(3, 4), torch.randn(2, 4)
+    call(2.0, x, [None, row])
+    arguments = other(x, row)
+    for got, expected in zip(call(*arguments), double_rows(*arguments), strict=True):
+        assert torch.equal(got, expected)
+    assert body.count == 2
+    call(*arguments)
+    call(2.0, x, [None, row])
+    assert body.count == 2
+
+
+@pytest.mark.quick
+def test_one_tensor_in_two_places() -> None:
+    """Which of the two a line reads is not known: the body runs, and what two tensors had written stays theirs."""
+    body = Counted(lambda a, b: (a - 2 * b,))
+    call = replaying(body)
+    a, b = torch.randn(4), torch.randn(4)
+    assert torch.equal(call(a, a)[0], a - 2 * a) and torch.equal(call(a, b)[0], a - 2 * b)
+    assert torch.equal(call(b, a)[0], b - 2 * a) and torch.equal(call(b, b)[0], b - 2 * b)
+    assert body.count == 3
+
+
+@pytest.mark.quick
+def test_a_tensor_from_elsewhere_is_never_replayed() -> None:
+    elsewhere = torch.ones(4)
+    body = Counted(lambda a: (a + elsewhere,))
+    call = replaying(body)
+    a = torch.randn(4)
+    call(a)
+    elsewhere = torch.zeros(4)
+    assert torch.equal(call(a)[0], a) and body.count == 2
+
+
+@pytest.mark.quick
+def test_memory_is_freed_where_it_was_read_last() -> None:
+    alive: list[int] = []
+    made: list[Any] = []
+
+    class Kernel:
+        """Stands for a jitted function: notes which of the tensors it was ever given are alive."""
+
+        class fn:  # noqa: N801
+            __name__ = "kernel"
+
+        arg_names = ("a_ptr", "b_ptr")
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
+                b_ptr.copy_(a_ptr + 1)
+                alive.append(sum(reference() is not None for reference in made))
+                made.append(weakref.ref(b_ptr))
+
+            return launched
+
+    class Config:
+        options: dict[str, int] = {}
+
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(3):
+            y = torch.empty_like(x)
+            settings: Any = Config()
+            record.launch(
+                Kernel(), (1,), touched=(), flops=0, config=settings, device=torch.device("cpu"), a_ptr=x, b_ptr=y
+            )
+            x = y
+        torch.empty_like(x)
+        return (y,)
+
+    call = replaying(body)
+    x = torch.zeros(5)
+    assert torch.equal(call(x)[0], x + 3)
+    alive.clear(), made.clear()
+    assert torch.equal(call(x)[0], x + 3)
+    assert alive == [0, 1, 1]
+
+
+@pytest.mark.quick
+def test_memory_that_nobody_reads_is_not_asked_for() -> None:
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        torch.empty(1000)
+        return (x + 1,)
+
+    sequences: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = replay._Writer.sequence
+        patch.setattr(
+            replay._Writer, "sequence", lambda self, results: sequences.append(original(self, results)) or sequences[-1]
+        )
+        replaying(body)(torch.ones(2))
+    names = {instruction.argval for instruction in dis.get_instructions(sequences[0])}
+    assert "empty_strided" not in names
+
+
+@pytest.mark.quick
+def test_an_error_is_not_remembered() -> None:
+    fails = True
+
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        if fails:
+            raise RuntimeError("once")
+        return (x + 1,)
+
+    call = replaying(body)
+    with pytest.raises(RuntimeError, match="once"):
+        call(torch.ones(2))
+    fails = False
+    assert torch.equal(call(torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+# ----- blocks -----
+
+
+BLOCKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "identity": lambda: fr.Bottleneck(16, 4),
+    "projection": lambda: fr.Bottleneck(
+        8, 4, 2, torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, 2, bias=False), torch.nn.BatchNorm2d(16))
+    ),
+    "basic": lambda: fr.BasicBlock(16, 16),
+}
+
+
+def step(block: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    block.zero_grad(set_to_none=True)
+    leaf = x.clone().requires_grad_()
+    out = block(leaf)
+    out.square().sum().backward()
+    assert leaf.grad is not None
+    return [out.detach(), leaf.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("route", ["staged", "gram"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_replayed_steps_are_bit_for_bit_those_of_the_bodies(
+    kind: str, route: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    block = BLOCKS[kind]().to(memory_format=torch.channels_last).train(training)
+    channels = 8 if kind == "projection" else 16
+    images = [torch.randn(3, channels, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    state = {name: t.clone() for name, t in block.state_dict().items()}
+    with fr.use_route(route):
+        expected = []
+        for x in images:
+            replay.forget()
+            expected.append(step(block, x))
+        after = {name: t.clone() for name, t in block.state_dict().items()}
+        block.load_state_dict(state)
+        replay.forget()
+        got = [step(block, images[0])]
+        with monkeypatch.context() as patch:
+            for module, name in ((staged_forward, "forward"), (staged_backward, "backward")):
+                patch.setattr(module, name, lambda *_: pytest.fail("the body ran"))
+            got += [step(block, x) for x in images[1:]]
+    for ours, theirs in zip(got, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+    for name, t in block.state_dict().items():
+        assert torch.equal(t, after[name]), name
+
+
+@pytest.mark.quick
+def test_whoever_records_launches_sees_them_all() -> None:
+    block, x = BLOCKS["identity"](), torch.randn(2, 16, 3, 3)
+    seen = []
+    for _ in range(2):
+        step(block, x)
+        with fr.record_launches() as launches:
+            step(block, x)
+        seen.append([(launch.kernel, launch.bytes, launch.flops) for launch in launches])
+    assert seen[0] == seen[1] and len(seen[0]) > 15
+
+
+# ----- as compiled kernels are launched -----
+
+
+SCRIPT = """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    import triton.compiler.compiler as compiler
+
+    launched = []
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            self.name, self.parameters = metadata.name, src.fn.arg_names
+
+        def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            assert len(arguments) == len(self.parameters)
+            said = [(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else
+                    (tuple(a.base.shape), *map(tuple, (a.shape, a.strides, a.block_shape))) if hasattr(a, "base") else a
+                    for a in arguments]
+            launched.append((self.name, function, packed, (x, y, z), stream, said))
+
+    class Utilities:
+        def load_binary(self, name, kernel, shared, device):
+            return object(), object(), 32, 0, 1024
+
+        def get_device_properties(self, device):
+            return {"max_shared_mem": 232448}
+
+        def unload_module(self, module):
+            pass
+
+    class Named:
+        utils, launcher_cls = Utilities(), Launcher
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 7
+
+    driver.set_active(Named())
+    import fused_resnet as fr
+    from fused_resnet.launch import replay
+    from fused_resnet.plan.target import H100, Assumption, assume
+
+    def step(block, x):
+        launched.clear()
+        out = block(x.clone().requires_grad_())
+        out.backward(torch.ones_like(out))
+        return list(launched)
+
+    def check(route, width, size, dtype):
+        block = fr.Bottleneck(4 * width, width).to(dtype, memory_format=torch.channels_last)
+        x = torch.zeros(2, 4 * width, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        with assume(Assumption(H100)), fr.use_route(route):
+            by_triton, replayed = step(block, x), step(block, x)
+            assert by_triton == replayed, (by_triton, replayed)
+            run = compiler.CompiledKernel.__getitem__
+            compiler.CompiledKernel.__getitem__ = None  # neither is a third step made by asking for kernels
+            assert step(block, x) == by_triton
+            compiler.CompiledKernel.__getitem__ = run
+        print(route, len(by_triton), *sorted({name for name, *_ in by_triton}))
+
+    check("staged", 16, 4, torch.bfloat16)
+    check("gram", 64, 8, torch.bfloat16)
+"""
+
+
+def test_compiled_kernels_are_launched_as_triton_launches_them(tmp_path: Path) -> None:
+    """Through Triton's own code, for a GPU that is not there: a driver that takes down what it is given."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    staged, gram = done.stdout.splitlines()
+    assert int(staged.split()[1]) > 15 and "conv_dgrad_kernel" in staged
+    assert int(gram.split()[1]) > 15 and "gram_dgrad_kernel" in gram
