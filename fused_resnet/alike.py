@@ -28,7 +28,8 @@ class Alike:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+        sizes: Any = [[*t.shape] for t in tensors]
+        strides: Any = [[*t.stride()] for t in tensors]
         self._guard: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._offsets = _offsets(tensors)
 

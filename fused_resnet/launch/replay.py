@@ -1,7 +1,7 @@
 """An operator's launches, written down once and then replayed: what the host does for a step it has done before.
 
 An operator's body is Python that checks, plans, allocates and launches, and all it does follows from its arguments'
-metadata. So the first call of a kind writes down, in order, PyTorch's operators that ran (memory, views, the vendor's
+metadata. So the second call of a kind writes down, in order, PyTorch's operators that ran (memory, views, the vendor's
 convolutions) and our launches, and later calls run that list as one straight function: no checks, no dictionaries, and
 each kernel as Triton compiled it, without asking Triton again which one that is.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +25,13 @@ Tensor = torch.Tensor
 Body = Callable[..., tuple[Tensor, ...]]
 
 
+class _Kind:
+    """What is known of calls of one kind. The second writes: of a job of ever new sizes there is none."""
+
+    sequence: Body | None = None
+    is_writable = True
+
+
 def replaying(body: Body) -> Body:
     """``body`` that writes down what it does, and replays it for arguments of the same kind.
 
@@ -32,38 +39,42 @@ def replaying(body: Body) -> Body:
     calls and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees
     ``body`` itself.
     """
-    written: Kinds[Body | Literal[False]] = Kinds()  # False: what it does cannot be written
-    _everything_written.append(written)
+    kinds: Kinds[_Kind] = Kinds()
+    _all_kinds.append(kinds)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         tensors: list[Tensor] = []
         key = _values(arguments, tensors), torch._C._get_cudnn_allow_tf32()  # a switch that launchers read
-        sequence = written.find(key, tensors)
-        if sequence is False or record.is_watched():
+        kind = kinds.find(key, tensors)
+        if kind is None:
+            # Of a tensor with two meanings, which one a line reads could not be told.
+            if len({id(t) for t in tensors}) == len(tensors):
+                kinds.remember(key, tensors, _Kind())
             return body(*arguments)
-        if sequence is None:
-            if len({id(t) for t in tensors}) < len(tensors):
-                return body(*arguments)  # of a tensor with two meanings, which one a line reads cannot be told
+        if not kind.is_writable or record.is_watched():
+            return body(*arguments)
+        if kind.sequence is None:
             with _Writer(tensors) as writer:
                 results = body(*arguments)
-            written.remember(key, tensors, writer.sequence(results))
+            kind.sequence = writer.sequence(results)
+            kind.is_writable = kind.sequence is not None
             return results
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return sequence(*tensors)
-        return sequence(*tensors)
+                return kind.sequence(*tensors)
+        return kind.sequence(*tensors)
 
     return call
 
 
+_all_kinds: list[Kinds[_Kind]] = []
+
+
 def forget() -> None:
     """All sequences: the next calls write them anew."""
-    for written in _everything_written:
-        written.clear()
-
-
-_everything_written: list[Kinds[Body | Literal[False]]] = []
+    for kinds in _all_kinds:
+        kinds.clear()
 
 
 def _values(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
@@ -153,10 +164,10 @@ class _Writer(TorchDispatchMode):
             text = f"{', '.join(names)}, = {text}"
         self.lines.append(_Line(text, reads, names, is_memory))
 
-    def sequence(self, results: Sequence[Tensor]) -> Body | Literal[False]:
-        """The function of the arguments' tensors that does what was written; False if that cannot be told."""
+    def sequence(self, results: Sequence[Tensor]) -> Body | None:
+        """The function of the arguments' tensors that does what was written; None if that cannot be told."""
         if self.lines is None or any(t not in self.names for t in results):
-            return False
+            return None
         returned = [self.names[t] for t in results]
         needed, body = {*returned, *self.parameters, "_"}, [f"    return ({''.join(f'{name}, ' for name in returned)})"]
         for line in reversed(self.lines):

@@ -10,6 +10,7 @@ import textwrap
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,14 +51,14 @@ def double_rows(scale: float, x: Tensor, rows: list[Tensor | None]) -> tuple[Ten
 
 
 @pytest.mark.quick
-def test_a_second_call_replays_with_its_own_tensors() -> None:
+def test_a_third_call_replays_with_its_own_tensors() -> None:
     body = Counted(double_rows)
     call = replaying(body)
-    for round_ in range(3):
+    for round_ in range(4):
         x, row = torch.randn(3, 4), torch.randn(2, 4)
         total, upper = call(2.0, x, [None, row])
         assert torch.equal(total, x * 2.0 + row[0]) and torch.equal(upper, total.max(1).values)
-        assert body.count == 1, round_
+        assert body.count == min(round_ + 1, 2)
 
 
 @pytest.mark.quick
@@ -79,13 +80,14 @@ def test_another_kind_is_written_anew(other: Callable[[Tensor, Tensor], tuple[An
     call = replaying(body)
     x, row = torch.randn(3, 4), torch.randn(2, 4)
     call(2.0, x, [None, row])
-    arguments = other(x, row)
-    for got, expected in zip(call(*arguments), double_rows(*arguments), strict=True):
-        assert torch.equal(got, expected)
-    assert body.count == 2
-    call(*arguments)
     call(2.0, x, [None, row])
-    assert body.count == 2
+    arguments = other(x, row)
+    for count in (3, 4, 4):
+        for got, expected in zip(call(*arguments), double_rows(*arguments), strict=True):
+            assert torch.equal(got, expected)
+        assert body.count == count
+    call(2.0, x, [None, row])
+    assert body.count == 4
 
 
 @pytest.mark.quick
@@ -94,9 +96,9 @@ def test_one_tensor_in_two_places() -> None:
     body = Counted(lambda a, b: (a - 2 * b,))
     call = replaying(body)
     a, b = torch.randn(4), torch.randn(4)
-    assert torch.equal(call(a, a)[0], a - 2 * a) and torch.equal(call(a, b)[0], a - 2 * b)
-    assert torch.equal(call(b, a)[0], b - 2 * a) and torch.equal(call(b, b)[0], b - 2 * b)
-    assert body.count == 3
+    for first, second in ((a, a), (a, a), (a, b), (a, b), (b, a), (b, b)):
+        assert torch.equal(call(first, second)[0], first - 2 * second)
+    assert body.count == 5
 
 
 @pytest.mark.quick
@@ -105,9 +107,9 @@ def test_a_tensor_from_elsewhere_is_never_replayed() -> None:
     body = Counted(lambda a: (a + elsewhere,))
     call = replaying(body)
     a = torch.randn(4)
-    call(a)
+    call(a), call(a)
     elsewhere = torch.zeros(4)
-    assert torch.equal(call(a)[0], a) and body.count == 2
+    assert torch.equal(call(a)[0], a) and body.count == 3
 
 
 @pytest.mark.quick
@@ -118,7 +120,7 @@ def test_memory_is_freed_where_it_was_read_last() -> None:
     class Kernel:
         """Stands for a jitted function: notes which of the tensors it was ever given are alive."""
 
-        class fn:  # noqa: N801
+        class fn:
             __name__ = "kernel"
 
         arg_names = ("a_ptr", "b_ptr")
@@ -131,13 +133,10 @@ def test_memory_is_freed_where_it_was_read_last() -> None:
 
             return launched
 
-    class Config:
-        options: dict[str, int] = {}
-
     def body(x: Tensor) -> tuple[Tensor, ...]:
         for _ in range(3):
             y = torch.empty_like(x)
-            settings: Any = Config()
+            settings: Any = SimpleNamespace(options={})
             record.launch(
                 Kernel(), (1,), touched=(), flops=0, config=settings, device=torch.device("cpu"), a_ptr=x, b_ptr=y
             )
@@ -147,7 +146,8 @@ def test_memory_is_freed_where_it_was_read_last() -> None:
 
     call = replaying(body)
     x = torch.zeros(5)
-    assert torch.equal(call(x)[0], x + 3)
+    for _ in range(2):
+        assert torch.equal(call(x)[0], x + 3)
     alive.clear(), made.clear()
     assert torch.equal(call(x)[0], x + 3)
     assert alive == [0, 1, 1]
@@ -165,7 +165,8 @@ def test_memory_that_nobody_reads_is_not_asked_for() -> None:
         patch.setattr(
             replay._Writer, "sequence", lambda self, results: sequences.append(original(self, results)) or sequences[-1]
         )
-        replaying(body)(torch.ones(2))
+        call = replaying(body)
+        call(torch.ones(2)), call(torch.ones(2))
     names = {instruction.argval for instruction in dis.get_instructions(sequences[0])}
     assert "empty_strided" not in names
 
@@ -176,14 +177,16 @@ def test_an_error_is_not_remembered() -> None:
 
     def body(x: Tensor) -> tuple[Tensor, ...]:
         if fails:
-            raise RuntimeError("once")
+            raise RuntimeError("now")
         return (x + 1,)
 
     call = replaying(body)
-    with pytest.raises(RuntimeError, match="once"):
-        call(torch.ones(2))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="now"):
+            call(torch.ones(2))
     fails = False
-    assert torch.equal(call(torch.ones(2))[0], torch.full((2,), 2.0))
+    for _ in range(3):
+        assert torch.equal(call(torch.ones(2))[0], torch.full((2,), 2.0))
 
 
 # ----- blocks -----
@@ -216,7 +219,7 @@ def test_replayed_steps_are_bit_for_bit_those_of_the_bodies(
     torch.manual_seed(0)
     block = BLOCKS[kind]().to(memory_format=torch.channels_last).train(training)
     channels = 8 if kind == "projection" else 16
-    images = [torch.randn(3, channels, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    images = [torch.randn(3, channels, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(4)]
     state = {name: t.clone() for name, t in block.state_dict().items()}
     with fr.use_route(route):
         expected = []
@@ -226,11 +229,11 @@ def test_replayed_steps_are_bit_for_bit_those_of_the_bodies(
         after = {name: t.clone() for name, t in block.state_dict().items()}
         block.load_state_dict(state)
         replay.forget()
-        got = [step(block, images[0])]
+        got = [step(block, images[0]), step(block, images[1])]
         with monkeypatch.context() as patch:
             for module, name in ((staged_forward, "forward"), (staged_backward, "backward")):
                 patch.setattr(module, name, lambda *_: pytest.fail("the body ran"))
-            got += [step(block, x) for x in images[1:]]
+            got += [step(block, x) for x in images[2:]]
     for ours, theirs in zip(got, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
@@ -243,7 +246,7 @@ def test_whoever_records_launches_sees_them_all() -> None:
     block, x = BLOCKS["identity"](), torch.randn(2, 16, 3, 3)
     seen = []
     for _ in range(2):
-        step(block, x)
+        step(block, x), step(block, x), step(block, x)
         with fr.record_launches() as launches:
             step(block, x)
         seen.append([(launch.kernel, launch.bytes, launch.flops) for launch in launches])
@@ -254,10 +257,11 @@ def test_whoever_records_launches_sees_them_all() -> None:
 
 
 SCRIPT = """
+    import pytest
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    import triton.compiler.compiler as compiler
+    from triton.runtime.jit import JITFunction
 
     launched = []
 
@@ -309,12 +313,12 @@ SCRIPT = """
         block = fr.Bottleneck(4 * width, width).to(dtype, memory_format=torch.channels_last)
         x = torch.zeros(2, 4 * width, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
         with assume(Assumption(H100)), fr.use_route(route):
-            by_triton, replayed = step(block, x), step(block, x)
+            step(block, x)
+            by_triton = step(block, x)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("Triton was asked again"))
+                replayed = step(block, x)
             assert by_triton == replayed, (by_triton, replayed)
-            run = compiler.CompiledKernel.__getitem__
-            compiler.CompiledKernel.__getitem__ = None  # neither is a third step made by asking for kernels
-            assert step(block, x) == by_triton
-            compiler.CompiledKernel.__getitem__ = run
         print(route, len(by_triton), *sorted({name for name, *_ in by_triton}))
 
     check("staged", 16, 4, torch.bfloat16)
