@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import functional
-from fused_resnet.plan import planner
+from fused_resnet.plan import planner, tables
 from fused_resnet.plan.plans import Choice, Plan, decode
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -186,7 +186,9 @@ def editing(edit: Callable[[str], str]) -> Iterator[None]:
         return (edit(text) if text else text), route, reason
 
     planner.chain_plan_text = chain_plan_text
+    tables.forget_plans()
     try:
         yield
     finally:
         planner.chain_plan_text = original
+        tables.forget_plans()

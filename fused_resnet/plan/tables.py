@@ -184,7 +184,13 @@ ROUTES: Final[Mapping[str, Routes]] = {gpu: parse_routes(document) for gpu, docu
 _here: dict[tuple[str, int], tuple[Table, Routes]] = {}
 """Of this machine, by a GPU's name and compute capability: on top of what ships. Filled by :func:`install` alone."""
 stale: list[Callable[[], None]] = []
-"""What forgets plans that were made before a table came. The planner adds its own."""
+"""What forgets plans; whoever keeps some adds its own."""
+
+
+def forget_plans() -> None:
+    """Has every plan made anew: what they were made of has changed."""
+    for forget in stale:
+        forget()
 
 
 def install(gpu: str, capability: int, document: Mapping[str, Any]) -> None:
@@ -194,15 +200,13 @@ def install(gpu: str, capability: int, document: Mapping[str, Any]) -> None:
         merged[key] = {**merged.get(key, {}), **passes}
     routes = {**ROUTES.get(gpu_slug(gpu), {}), **parse_routes(document)}
     _here[gpu, capability] = merged, routes
-    for forget in stale:
-        forget()
+    forget_plans()
 
 
 def uninstall() -> None:
     """Forgets every installed table: the shipped ones remain."""
     _here.clear()
-    for forget in stale:
-        forget()
+    forget_plans()
 
 
 def routes_of(problem: ChainProblem, target: Target) -> RouteTimes | None:
