@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "version": set(),
     "plan": {"plan", "version"},
     # launchers take the frozen descriptions that plan/ makes; they never ask it to decide
-    "launch": {"launch", "kernels", "plan"},
-    "autograd": {"autograd", "launch", "plan", "reference"},
+    "launch": {"alike", "launch", "kernels", "plan"},
+    "autograd": {"alike", "autograd", "launch", "plan", "reference"},
+    "alike": set(),
     "arguments": set(),
     "layout": set(),
     "plain": {"arguments", "reference"},
-    "functional": {"arguments", "autograd", "layout", "plain", "plan"},
-    "families": {"families", "functional", "plan"},
+    "functional": {"alike", "arguments", "autograd", "layout", "plain", "plan"},
+    "families": {"arguments", "families", "functional", "plan"},
     "modules": {"modules", "families", "functional", "reference"},
     "convert": {"convert", "explain", "modules", "families", "functional", "plan", "reference"},
 }
