@@ -104,6 +104,10 @@ _aten = torch.ops.aten
 _MEMORY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
 
 
+_UNWRITABLE = ("_c10d_functional", "c10d")
+"""Who takes part in a collective operation, and how many they are, is asked each time."""
+
+
 class _Writer(TorchDispatchMode):
     """Writes what runs inside as the lines of a function."""
 
@@ -127,7 +131,9 @@ class _Writer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        if func in _MEMORY:
+        if func.namespace in _UNWRITABLE:
+            self.lines = None
+        elif func in _MEMORY:
             size, stride = tuple(results.shape), results.stride()
             options = f"dtype={results.dtype}, device={self.constant(results.device)}"
             self.write(lambda _: f"torch.empty_strided({size}, {stride}, {options})", results, is_memory=True)
