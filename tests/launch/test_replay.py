@@ -265,16 +265,22 @@ SCRIPT = """
 
     launched = []
 
+    def said(argument):
+        if isinstance(argument, torch.Tensor):
+            return tuple(argument.shape), argument.stride(), argument.dtype
+        if isinstance(argument, tuple):
+            return type(argument), [*map(said, argument)]
+        if hasattr(argument, "block_shape"):
+            return said(argument.base), tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
+        return argument
+
     class Launcher:
         def __init__(self, src, metadata):
             self.name, self.parameters = metadata.name, src.fn.arg_names
 
         def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
             assert len(arguments) == len(self.parameters)
-            said = [(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else
-                    (tuple(a.base.shape), *map(tuple, (a.shape, a.strides, a.block_shape))) if hasattr(a, "base") else a
-                    for a in arguments]
-            launched.append((self.name, function, packed, (x, y, z), stream, said))
+            launched.append((self.name, function, packed, (x, y, z), stream, [*map(said, arguments)]))
 
     class Utilities:
         def load_binary(self, name, kernel, shared, device):
@@ -309,8 +315,8 @@ SCRIPT = """
         out.backward(torch.ones_like(out))
         return list(launched)
 
-    def check(route, width, size, dtype):
-        block = fr.Bottleneck(4 * width, width).to(dtype, memory_format=torch.channels_last)
+    def check(route, width, size, dtype, training=True):
+        block = fr.Bottleneck(4 * width, width).to(dtype, memory_format=torch.channels_last).train(training)
         x = torch.zeros(2, 4 * width, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
         with assume(Assumption(H100)), fr.use_route(route):
             step(block, x)
@@ -323,6 +329,7 @@ SCRIPT = """
 
     check("staged", 16, 4, torch.bfloat16)
     check("gram", 64, 8, torch.bfloat16)
+    check("staged", 16, 4, torch.float32, training=False)
 """
 
 
@@ -333,6 +340,7 @@ def test_compiled_kernels_are_launched_as_triton_launches_them(tmp_path: Path) -
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    staged, gram = done.stdout.splitlines()
+    staged, gram, frozen = done.stdout.splitlines()
     assert int(staged.split()[1]) > 15 and "conv_dgrad_kernel" in staged
     assert int(gram.split()[1]) > 15 and "gram_dgrad_kernel" in gram
+    assert "bn_frozen" in frozen
