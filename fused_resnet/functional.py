@@ -232,7 +232,7 @@ def conv_bn_chain(
         raise ValueError("a block takes a projection or a residual, not both")
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
     everything = (*layers, projection) if projection else tuple(layers)
-    if not all([isinstance(conv, Conv) and isinstance(bn, BatchNorm) for conv, bn in everything]):
+    if not all(isinstance(conv, Conv) and isinstance(bn, BatchNorm) for conv, bn in everything):
         _check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
     dtype, request, slots = compute_dtype(x), _request(route, x), _slots(layers, projection)
     settled, key, tensors = None, None, []
