@@ -11,8 +11,8 @@ from fused_resnet.plan.target import H100
 from tests.no_launches import launches_left_out
 
 MOST = 2.0
-"""Times eager's dispatch of the block, which computes its convolutions on one pixel meanwhile. When this was written ours
-took 1.2 to 1.4 times that forward, and 1.05 to 1.3 times backward."""
+"""Times eager's dispatch of the block, which computes its convolutions on one pixel meanwhile. When this was written
+ours took 1.2 to 1.4 times that forward, and 1.05 to 1.3 times backward."""
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
