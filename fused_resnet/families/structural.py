@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
+from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..plan.route import use_route
 from .children import Obstacle, process_groups
@@ -180,17 +182,50 @@ def _why_not(block: nn.Module) -> Obstacle | None:
     gathered = gather(described.branch, described.conv)
     if isinstance(gathered, Obstacle):
         return gathered
-    if getattr(block, "with_cp", False):
-        return Obstacle("it checkpoints its activations itself (with_cp)")
     if any(t.is_meta for t in (*block.parameters(), *block.buffers())):
         return Obstacle("on the meta device nothing can be tried; convert it when it has its weights")
     for training in (True, False):
         theirs, ours = (_copy(block).train(training) for _ in range(2))
         ours.__class__ = fused_class(StructuralBlock, type(block))
-        for mine, other in zip(_results(ours), _results(theirs), strict=True):
+        before = _state(theirs)
+        expected, saved = _results(theirs)
+        if saved.isdisjoint(t.data_ptr() for t in _of_branch(theirs)):
+            return Obstacle("it checkpoints its activations itself")
+        for mine, other in zip(_results(ours)[0], expected, strict=True):
             if not torch.allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE):
                 return Obstacle("its forward is not that of a residual block of its children")
+        if changed := _changed(before, _state(theirs)):
+            return Obstacle(f"its forward changes its {changed}")
     return None
+
+
+def _of_branch(block: nn.Module) -> Iterator[Tensor]:
+    described = StructuralBlock.residual(block)  # type: ignore[arg-type]
+    assert isinstance(described, Residual)
+    for step in described.branch:
+        if isinstance(step, nn.Module):
+            yield from (*step.parameters(), *step.buffers())
+
+
+def _state(block: nn.Module) -> dict[str, Any]:
+    """What the modules of ``block`` hold besides parameters, buffers and modules; of containers how much."""
+    usual, found = vars(nn.Module()).keys(), {}
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            if name not in usual:
+                size = len(value) if isinstance(value, (list, dict, set)) else None
+                found[f"{path}.{name}".lstrip(".")] = value, size
+    return found
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The names of what is another."""
+    names = []
+    for name in {**before, **after}:
+        (old, old_size), (new, new_size) = before.get(name, (_state, 0)), after.get(name, (_state, 0))
+        if old_size != new_size or (old is not new and not (_is_plain(old) and _is_plain(new) and old == new)):
+            names.append(name)
+    return ", ".join(names)
 
 
 def _copy(block: nn.Module) -> nn.Module:
@@ -213,8 +248,11 @@ def _copy(block: nn.Module) -> nn.Module:
     return copied
 
 
-def _results(block: nn.Module) -> list[Tensor]:
-    """Output, gradients and buffers of ``block`` on an image and with parameters that are the same at every call."""
+def _results(block: nn.Module) -> tuple[list[Tensor], set[int]]:
+    """Output, gradients and buffers of ``block`` on an image and with parameters that are the same at every call.
+
+    And where what its forward saved in plain sight lies: what is checkpointed is not among it.
+    """
     random = torch.Generator().manual_seed(0)
     for t in (*block.parameters(), *block.buffers()):
         if t.is_floating_point():  # away from zero, so that no branch hides
@@ -223,6 +261,12 @@ def _results(block: nn.Module) -> list[Tensor]:
         t.requires_grad_()
         if t.dim() > 1:
             t.data.copy_(torch.randn(t.shape, generator=random, dtype=t.dtype) / t[0].numel() ** 0.5)
+    saved: set[int] = set()
+
+    def seen(t: Tensor) -> Tensor:
+        saved.add(t.data_ptr())
+        return t
+
     conv: Any = block.conv1
     batch, height, width = IMAGES[block.training]
     shape = batch, conv.in_channels, height, width
@@ -230,9 +274,11 @@ def _results(block: nn.Module) -> list[Tensor]:
     image.requires_grad_()
     with torch.random.fork_rng(devices=()), torch.enable_grad(), use_route("reference"):
         torch.default_generator.manual_seed(0)  # of the CPU alone: manual_seed would seed every GPU, too
-        out = block(image)
+        with saved_tensors_hooks(seen, lambda t: t):
+            out = block(image)
         if not isinstance(out, Tensor):
             raise TypeError("it returns no tensor")
         out.backward(torch.randn(out.shape, generator=random, dtype=out.dtype))
     gradients = [image.grad, *(t.grad for t in block.parameters())]
-    return [out.detach(), *(torch.zeros(()) if t is None else t for t in gradients), *block.buffers()]
+    found = [out.detach(), *(torch.zeros(()) if t is None else t for t in gradients), *block.buffers()]
+    return found, saved

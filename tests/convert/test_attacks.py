@@ -173,6 +173,47 @@ REASONS = {Bounded: "not that of", BoundedInside: "not that of", Wide: "not that
 REASONS |= {Asserting: "multiples of 32"}
 
 
+class Leaving(Home):
+    """Of its last output, or of how many there were."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count, self.outputs = name, 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.name == "outputs":
+            self.outputs.append(out)
+        elif self.name == "count":
+            self.count += 1
+        elif self.name == "conv1.seen":
+            self.conv1.seen = out
+        else:
+            self.last = out
+        return out
+
+
+@pytest.mark.parametrize("name", ["outputs", "count", "last", "conv1.seen"])
+def test_what_a_forward_leaves_for_others(name: str) -> None:
+    block = Leaving(name)
+    assert reasons(fr.convert(block))[""] == f"its forward changes its {name}"
+    assert type(block) is Leaving and not block.outputs and block.count == 0
+
+
+class Checkpointing(Home):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(checkpoint(self.branch, x, use_reentrant=self.reentrant) + x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_that_checkpoints_under_no_known_name(reentrant: bool) -> None:
+    block = Checkpointing()
+    block.reentrant = reentrant
+    assert reasons(fr.convert(block))[""] == "it checkpoints its activations itself"
+
+
 @pytest.mark.parametrize("kind", REASONS)
 def test_kept(kind: type[nn.Module]) -> None:
     model = nn.Sequential(kind().double())
@@ -189,7 +230,7 @@ def test_a_third_convolution_that_is_none() -> None:
 def test_a_block_that_checkpoints_keeps_doing_so() -> None:
     block = Home()
     block.with_cp = True
-    assert "with_cp" in reasons(fr.convert(block))[""]
+    assert "checkpoints its activations" in reasons(fr.convert(block))[""]
 
 
 class Owner:
