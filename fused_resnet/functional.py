@@ -236,7 +236,7 @@ def conv_bn_chain(
         _check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
     dtype, request, slots = compute_dtype(x), _request(route, x), _slots(layers, projection)
     settled, key, tensors = None, None, []
-    if not torch.compiler.is_compiling():
+    if request.route != "reference" and not torch.compiler.is_compiling():
         given = (x, residual, *slots, *[bn.num_batches_tracked for _, bn in everything])
         tensors = [t for t in given if t is not None]
         values = (dtype, kind, relu, memory, request, torch.is_grad_enabled(), assumption(), x.shape)
@@ -449,9 +449,10 @@ def _request(route: str | None, x: Tensor) -> RouteRequest:
 def _needs_plain(x: Tensor) -> bool:
     """Whether something needs operations that it knows: ours have no rule for vmap and jvp, and plans for one size.
 
-    So has what ``torch.export`` writes of an ``x`` with a size that is left open.
+    So has what ``torch.export`` and ``make_fx`` write of an ``x`` with a size that is left open.
     """
-    if torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() if compiling else torch._C._len_torch_dispatch_stack():
         for size in x.shape:
             if not has_static_value(size):
                 return True

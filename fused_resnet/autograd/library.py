@@ -59,7 +59,22 @@ class _Once(torch.autograd.Function):
 
 def refuse_second_derivative(operator: Callable[..., Any], *arguments: Any) -> Any:
     """The operator's result, through which a second derivative raises instead of being silently wrong."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return operator(*arguments)
-    tensors = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]
-    return _Once.apply(operator, arguments, *(t for t in tensors if isinstance(t, torch.Tensor)))
+    try:
+        if not torch.is_grad_enabled():
+            return operator(*arguments)
+        return _Once.apply(operator, arguments, *_tensors(arguments))
+    except RuntimeError as error:
+        if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in _tensors(arguments)):
+            raise RuntimeError(
+                "fused_resnet's operations take one gradient at a time; take the plain path for batches of them "
+                "(is_grads_batched, vectorize): with fused_resnet.use_route('reference')"
+            ) from error
+        raise
+
+
+def _tensors(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """Those among ``arguments`` and in its lists."""
+    every = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]
+    return [t for t in every if isinstance(t, torch.Tensor)]

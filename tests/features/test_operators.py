@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -247,6 +248,26 @@ def test_export_of_sizes_left_open(sizes: dict[int, Any], strict: bool, training
         torch.testing.assert_close(exported(x), net(x))
     for name, b in exported.named_buffers():
         torch.testing.assert_close(b, net.get_buffer(name))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode: str) -> None:
+    """A trace of the operators for the size that was given; of plain ones for sizes that are symbols."""
+    net = small().eval()
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+    def run(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, state, (x,))
+
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    for _ in range(3):  # whatever is remembered of the first
+        traced = make_fx(run, tracing_mode=mode)(state, x)
+        torch.testing.assert_close(traced(state, x), net(x))
+    ours = any("fused_resnet" in str(node.target) for node in traced.graph.nodes)
+    assert ours == (mode != "symbolic")
+    if not ours:
+        x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+        torch.testing.assert_close(traced(state, x), net(x))
 
 
 @pytest.mark.usefixtures("fresh")

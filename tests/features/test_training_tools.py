@@ -292,3 +292,15 @@ def test_hooks_that_give_back_what_was_saved_in_other_memory(sizes: tuple[int, i
             net(leaf).square().sum().backward()
         found.append([leaf.grad, *(p.grad for p in net.parameters())])
     torch.testing.assert_close(*found)
+
+
+def test_a_batch_of_gradients_is_refused_with_the_cure() -> None:
+    block = fr.BasicBlock(4, 4).double().eval()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    grads = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"one gradient at a time.*use_route"):
+        torch.autograd.grad(block(x), x, grads, is_grads_batched=True)
+    with fr.use_route("reference"):
+        (found,) = torch.autograd.grad(block(x), x, grads, is_grads_batched=True)
+    for grad, expected in zip(found, grads, strict=True):
+        torch.testing.assert_close(grad, torch.autograd.grad(block(x), x, expected)[0])
