@@ -67,6 +67,16 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """What other tests called is not found again: a test may have put something else in the place of a function."""
+    from fused_resnet import functional
+    from fused_resnet.launch import replay
+
+    replay.forget()
+    functional._settled.clear()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """``torch.empty`` gives NaN (integers: their maximum), so that an element nobody wrote is seen."""
     previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

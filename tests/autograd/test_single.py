@@ -12,7 +12,7 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet.explain import explain
 from fused_resnet.functional import batch_norm_of, conv_bn_chain, conv_of
-from fused_resnet.plan import single
+from fused_resnet.plan import single, tables
 from tests import numerics
 from tests.conftest import INTERPRETED
 from tests.eager import Chain, compare, pair
@@ -121,13 +121,11 @@ def test_auto_takes_it_where_it_was_measured_to_pay(monkeypatch: pytest.MonkeyPa
         case.fused()
     assert KERNEL not in {launch.kernel for launch in launches}
 
-    from fused_resnet.plan import planner
-
     monkeypatch.setattr(single, "GAINFUL_SINGLE_WIDTH", 64)
-    planner._chain_text.cache_clear()
+    tables.forget_plans()
     with torch.no_grad(), fr.record_launches() as launches:
         case.fused()
-    planner._chain_text.cache_clear()
+    tables.forget_plans()
     assert [launch.kernel for launch in launches if "cast" not in launch.kernel] == [KERNEL]
 
 
