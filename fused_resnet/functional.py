@@ -11,17 +11,13 @@ and updates the running statistics in place in training. Under torch.func's tran
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from operator import index
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from . import plain
 from .alike import Kinds, are_plain
@@ -39,16 +35,30 @@ from .arguments import (
     check_layers,
     check_residual,
     conv_of,
-    is_autocast,
     memory_options,
     plain_conv_of,
 )
-from .autograd import absent, chain, preflight
 from .autograd import bn_act as bn_act_op
+from .autograd import chain, preflight
 from .autograd import stem as stem_op
+from .calls import (
+    add_wider,
+    bn_tensors,
+    compute_dtype,
+    dtype_name,
+    geometry_of,
+    is_taken,
+    momentum_of,
+    needs_grad,
+    pair,
+    parameters_of,
+    request_for,
+    size_of,
+    take_part,
+    widens,
+)
 from .layout import is_channels_last, nhwc
 from .plan import planner, tables
-from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
 from .plan.target import assumption
 
 __all__ = [
@@ -86,7 +96,7 @@ def conv_bn_relu(
     route: str | None = None,
 ) -> Tensor:
     """``relu(bn(conv(x)) + residual)``: [N, Ci, H, W] to [N, Co, P, Q]; ``residual`` has the output's shape."""
-    conv = Conv(weight, _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    conv = Conv(weight, pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups)
     return conv_bn_chain(x, ((conv, bn),), residual=residual, relu=relu, route=route)
 
 
@@ -138,24 +148,24 @@ def bn_add_relu(
     check_bn(bn, y.shape[1], y.device, "bn")
     if residual is not None:
         check_residual(residual, tuple(y.shape), y.device)
-        if _widens(residual, y.dtype):
-            return _add(bn_add_relu(y, bn, relu=False, route=route), residual, relu)
+        if widens(residual, y.dtype):
+            return add_wider(bn_add_relu(y, bn, relu=False, route=route), residual, relu)
     if bn.training and not bn.group:
         check_count(tuple(y.shape))
-    request = _request(route, y)
-    elements = prod(_size(y, request))
-    sm_count, interpreter, reason = planner.pass_plan(y.device, _dtype_name(y.dtype), elements, request.route)
+    request = request_for(route, y)
+    elements = prod(size_of(y, request))
+    sm_count, interpreter, reason = planner.pass_plan(y.device, dtype_name(y.dtype), elements, request.route)
     if bn.sync and reason == planner.EMPTY_BATCH:
-        return _absent(y, tuple(y.shape), [(None, bn)], residual)
-    if not _take("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
+        return take_part(y, tuple(y.shape), [(None, bn)], residual)
+    if not is_taken("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
         plain.count_batch(bn)
         return plain.bn_act(y, bn, residual, relu)
     plain.count_batch(bn)
     channels_last = is_channels_last(y)
     y, residual = nhwc(y), None if residual is None else nhwc(residual.to(y.dtype))
-    keeps_mask = relu and residual is not None and _needs_grad(y, residual, bn.weight, bn.bias)
-    settings = (bn.training, _momentum(bn), bn.eps, relu, sm_count, interpreter, keeps_mask, bn.sync)
-    out = bn_act_op.bn_act(settings, y, residual, *_bn_tensors(bn))
+    keeps_mask = relu and residual is not None and needs_grad(y, residual, bn.weight, bn.bias)
+    settings = (bn.training, momentum_of(bn), bn.eps, relu, sm_count, interpreter, keeps_mask, bn.sync)
+    out = bn_act_op.bn_act(settings, y, residual, *bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -169,16 +179,16 @@ def stem(
     route: str | None = None,
 ) -> Tensor:
     """``max_pool(relu(bn(conv(x))))``, 3x3, stride 2, padding 1: [N, Ci, H, W] to [N, Co, ceil(P / 2), ceil(Q / 2)]."""
-    conv = Conv(weight, _pair("stride", stride), _pair("padding", padding))
+    conv = Conv(weight, pair("stride", stride), pair("padding", padding))
     dtype = compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")
-    request = _request(route, x)
-    keep = _needs_grad(x, *_parameters((conv, bn)))
+    request = request_for(route, x)
+    keep = needs_grad(x, *parameters_of((conv, bn)))
     text, planned, reason = preflight.chain_plan_text(
         x.device,
-        _dtype_name(dtype),
-        _size(x, request),
-        (_geometry(conv),),
+        dtype_name(dtype),
+        size_of(x, request),
+        (geometry_of(conv),),
         None,
         "none",
         True,
@@ -186,17 +196,17 @@ def stem(
         keep,
         request.route,
         sync=bn.sync,
-        parameters=_dtype_name(weight.dtype),
+        parameters=dtype_name(weight.dtype),
     )
     if bn.sync and reason == planner.EMPTY_BATCH:
         pooled = (*shape[:2], *((size - 1) // 2 + 1 for size in shape[2:]))
-        return _absent(x.to(dtype), pooled, [(weight, bn)])
-    if not _take(planned, reason, request, "stem") or min(shape[2:]) < 1:
+        return take_part(x.to(dtype), pooled, [(weight, bn)])
+    if not is_taken(planned, reason, request, "stem") or min(shape[2:]) < 1:
         plain.count_batch(bn)
         return torch.nn.functional.max_pool2d(plain.layer(x, (conv, bn), None, True), 3, 2, 1)
     channels_last = is_channels_last(x) or is_channels_last(weight)
     plain.count_batch(bn)
-    out = stem_op.stem(text, _momentum(bn), bn.eps, nhwc(x.to(dtype)), weight, *_bn_tensors(bn))
+    out = stem_op.stem(text, momentum_of(bn), bn.eps, nhwc(x.to(dtype)), weight, *bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -234,7 +244,7 @@ def conv_bn_chain(
     everything = (*layers, projection) if projection else tuple(layers)
     if not all(isinstance(conv, Conv) and isinstance(bn, BatchNorm) for conv, bn in everything):
         _check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
-    dtype, request, slots = compute_dtype(x), _request(route, x), _slots(layers, projection)
+    dtype, request, slots = compute_dtype(x), request_for(route, x), _slots(layers, projection)
     settled, key, tensors = None, None, []
     if request.route != "reference" and not torch.compiler.is_compiling():
         given = (x, residual, *slots, *[bn.num_batches_tracked for _, bn in everything])
@@ -247,35 +257,35 @@ def conv_bn_chain(
     if settled is None:
         shape = _check_chain(x, layers, projection, residual, kind, dtype)
         added = x if kind == "identity" else residual
-        if _widens(added, dtype):
-            return _add(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
+        if widens(added, dtype):
+            return add_wider(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
         training, sync = everything[0][1].training, everything[0][1].sync
         for _, bn in everything:
             if bn.training != training or bn.sync != sync:
                 return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
         text, planned, reason = preflight.chain_plan_text(
             x.device,
-            _dtype_name(dtype),
-            _size(x, request),
-            tuple([_geometry(conv) for conv, _ in layers]),
-            _geometry(projection[0]) if projection else None,
+            dtype_name(dtype),
+            size_of(x, request),
+            tuple([geometry_of(conv) for conv, _ in layers]),
+            geometry_of(projection[0]) if projection else None,
             kind,
             relu,
             training,
-            _needs_grad(x, residual, *_parameters(*everything)),
+            needs_grad(x, residual, *parameters_of(*everything)),
             request.route,
             *memory,
             sync=sync,
-            parameters=_dtype_name(layers[0][0].weight.dtype),
+            parameters=dtype_name(layers[0][0].weight.dtype),
         )
         if sync and reason == planner.EMPTY_BATCH:
             norms = [(conv.weight, bn) for conv, bn in everything]
-            return _absent(x.to(dtype), shape, norms, residual, projects=projection is not None)
-        if not _take(planned, reason, request, "a chain of convolutions"):
+            return take_part(x.to(dtype), shape, norms, residual, projects=projection is not None)
+        if not is_taken(planned, reason, request, "a chain of convolutions"):
             return plain.chain(x, layers, projection, residual, kind, relu)
         settled = _Settled(
             text,
-            tuple([_momentum(bn) for _, bn in everything]),
+            tuple([momentum_of(bn) for _, bn in everything]),
             tuple([bn.eps for _, bn in everything]),
             is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),
         )
@@ -306,9 +316,9 @@ def _slots(layers: Sequence[Layer], projection: Layer | None) -> list[Tensor | N
     """The tensors of a chain in the places where its operator takes them."""
     slots: list[Tensor | None] = []
     for conv, bn in layers:
-        slots += (conv.weight, *_bn_tensors(bn))
+        slots += (conv.weight, *bn_tensors(bn))
     slots += [None] * ((chain.SLOTS - 1) * len(chain.FIELDS) - len(slots))
-    slots += (projection[0].weight, *_bn_tensors(projection[1])) if projection else NOTHING
+    slots += (projection[0].weight, *bn_tensors(projection[1])) if projection else NOTHING
     return slots
 
 
@@ -338,134 +348,3 @@ def _check_chain(
 def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:
     """One fused operation for a layer: of layers whose statistics are of different kinds, or of different processes."""
     return conv_bn_chain(x, (layer,), residual=residual, relu=relu, route=route)
-
-
-def _absent(
-    x: Tensor,
-    shape: tuple[int, ...],
-    norms: Sequence[tuple[Tensor | None, BatchNorm]],
-    residual: Tensor | None = None,
-    projects: bool = False,
-) -> Tensor:
-    """The output of ``shape`` of an empty batch, while other processes normalise theirs: they wait for this one.
-
-    ``norms``: each with the convolution's weight before it, a projection's last.
-    """
-    bns = [bn for _, bn in norms]
-    plain.count_batch(*bns)
-    channels = tuple([shape[1] if weight is None else int(weight.shape[0]) for weight, _ in norms])
-    settings = tuple([_momentum(bn) for bn in bns]), tuple([bn.eps for bn in bns])
-    tensors = [t for weight, bn in norms for t in (weight, *_bn_tensors(bn))]
-    return absent.absent(absent.Absentee(bns[0].sync, channels, *settings, projects), shape, x, residual, tensors)
-
-
-# ---------------------------------------------------------------- small questions
-
-
-def _pair(name: str, value: int | Pair) -> Pair:
-    pair: Any = (value, value) if hasattr(value, "__index__") else value
-    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(hasattr(v, "__index__") for v in pair)):
-        raise TypeError(f"{name} must be an int or two of them, got {value!r}")
-    first, second = pair
-    return index(first), index(second)
-
-
-def _size(x: Tensor, request: RouteRequest) -> tuple[int, int, int, int]:
-    """The shape as plain numbers: plans belong to a size, so a compiler that traces this specialises on it.
-
-    The reference route has no plan, and its sizes stay symbols to such a compiler.
-    """
-    if request.route == "reference":
-        return 0, 0, 0, 0
-    n, c, h, w = x.shape
-    return index(n), index(c), index(h), index(w)
-
-
-def _geometry(conv: Conv) -> tuple[int, int, int, Pair, Pair, Pair, int]:
-    co, _, r, s = conv.weight.shape
-    return int(co), int(r), int(s), conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
-    if is_autocast(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _widens(residual: Tensor | None, dtype: torch.dtype) -> TypeGuard[Tensor]:
-    """Whether the sum of data of ``dtype`` and ``residual`` is wider than the data."""
-    return residual is not None and residual.dtype != dtype and torch.promote_types(dtype, residual.dtype) != dtype
-
-
-def _add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
-    """What the kernels, which write data of one dtype, leave to do for a residual that is wider."""
-    out = out + residual
-    return out.relu() if relu else out
-
-
-def _parameters(*layers: Layer) -> list[Tensor | None]:
-    return [t for conv, bn in layers for t in (conv.weight, bn.weight, bn.bias)]
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
-def _bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
-    cumulative = bn.momentum is None and bn.training
-    counter = bn.num_batches_tracked if cumulative else None
-    weight, bias = bn.weight, bn.bias
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    return weight, bias, bn.running_mean, bn.running_var, counter
-
-
-def _momentum(bn: BatchNorm) -> float:
-    return 0.0 if bn.momentum is None else float(bn.momentum)
-
-
-# ---------------------------------------------------------------- routes
-
-
-_said: set[str] = set()
-
-
-def _request(route: str | None, x: Tensor) -> RouteRequest:
-    request = requested() if route is None else RouteRequest(check_route(route), strict=True)
-    return RouteRequest("reference") if not request.strict and _needs_plain(x) else request
-
-
-def _needs_plain(x: Tensor) -> bool:
-    """Whether something needs operations that it knows: ours have no rule for vmap and jvp, and plans for one size.
-
-    So has what ``torch.export`` and ``make_fx`` write of an ``x`` with a size that is left open.
-    """
-    compiling = torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() if compiling else torch._C._len_torch_dispatch_stack():
-        for size in x.shape:
-            if not has_static_value(size):
-                return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-
-
-def _take(planned: str, reason: str, request: RouteRequest, operation: str) -> bool:
-    """Whether a fused plan runs. Raises where another was asked for strictly; says once why plain PyTorch runs."""
-    if request.strict and request.route not in ("auto", planned):
-        raise RouteUnavailableError(f"{operation} has no route {request.route!r} here: {reason}")
-    if planned != "reference":
-        return True
-    if request.route != "reference" and not torch.compiler.is_compiling() and reason not in _said:
-        _said.add(reason)
-        warnings.warn(f"fused_resnet runs plain PyTorch: {reason}", stacklevel=4)
-    return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import functional
+from fused_resnet import calls, functional
 from fused_resnet.functional import BatchNorm, batch_norm_of, bn_add_relu, bottleneck, conv_bn_relu, conv_of, stem
 from tests.conftest import INTERPRETED
 from tests.eager import norm, pair
@@ -435,7 +435,7 @@ def test_unknown_routes_are_named() -> None:
 
 @quick
 def test_the_reason_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_said", set())
+    monkeypatch.setattr(calls, "_said", set())
     bn, x = norm(3).float(), image(2, 3, 6, 5).bfloat16()
     with pytest.warns(UserWarning, match="bfloat16"):
         bn_add_relu(x, batch_norm_of(bn))

@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "arguments": set(),
     "layout": set(),
     "plain": {"arguments", "reference"},
-    "functional": {"alike", "arguments", "autograd", "layout", "plain", "plan"},
-    "families": {"arguments", "families", "functional", "plan"},
+    "calls": {"arguments", "autograd", "plain", "plan"},
+    "functional": {"calls", "alike", "arguments", "autograd", "layout", "plain", "plan"},
+    "families": {"arguments", "calls", "families", "functional", "plan"},
     "modules": {"modules", "families", "functional", "reference"},
     "convert": {"convert", "explain", "modules", "families", "functional", "plan", "reference"},
 }

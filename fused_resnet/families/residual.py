@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional
+from ..calls import compute_dtype
 from .children import Obstacle, has_activation, is_untouched, norm_reader, why_not_conv, why_not_norm
 
 Step = Callable[[Tensor], Tensor]
@@ -135,7 +136,7 @@ def run_residual(block: Residual, x: Tensor, *, widens: bool = False, **options:
     elif projection is None:
         options["residual"] = _shortcut(block, shortcut, x)
     out = functional.conv_bn_chain(inner, _records(last), projection, **options)
-    return out if widens else out.to(functional.compute_dtype(inner))
+    return out if widens else out.to(compute_dtype(inner))
 
 
 def summary(steps: Sequence[Step | None], conv: type[nn.Conv2d] = nn.Conv2d) -> str | Obstacle:

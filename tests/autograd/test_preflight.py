@@ -93,7 +93,7 @@ def test_a_kernel_that_fails_costs_speed_alone(
     compiled: tuple[list[str], set[str]], broken: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled[1].add(broken)
-    monkeypatch.setattr(fr.functional, "_said", set())
+    monkeypatch.setattr(fr.calls, "_said", set())
     assert planner.plan_chain(chain_problem(), HERE).route == "gram"
     with pytest.warns(
         UserWarning, match=f"{broken} does not compile here .RuntimeError: Error: out of patience"
