@@ -204,7 +204,7 @@ BUGS = [
     Bug(
         "a missing xhat term",
         DGRAD,
-        "scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])",
+        "scaled += affine(widened(y, ACC), y_scale[None, :], shift[None, :])",
         "scaled += shift[None, :]",
         ("bottleneck",),
     ),

@@ -20,3 +20,16 @@ def relu_grad(grad, x):
 def affine(x, scale, shift):
     """x * scale + shift. One expression for every place that must see the same sign of the result."""
     return x * scale + shift
+
+
+@triton.jit
+def widened(x, ACC: tl.constexpr):
+    """``x`` in ``ACC``; bfloat16 by a shift.
+
+    By a cast, the compiler takes an odd element apart in two instructions; and a value that was rounded just before, it
+    rounds element by element, at a fraction of the rate, or even compares in bfloat16.
+    """
+    if x.dtype == tl.bfloat16 and ACC == tl.float32:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(ACC)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, relu_grad
+from .common import affine, relu_grad, widened
 from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
 
@@ -216,12 +216,12 @@ def conv_dgrad_kernel(
             b = tl.load(w_tap, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         if HAS_COEFFS:
             scale = tl.load(coeffs_ptr + k0 + offs_k, mask=mask_k, other=0.0)
-            scaled = a.to(ACC) * scale[None, :]
+            scaled = widened(a, ACC) * scale[None, :]
             if HAS_Y:
                 y_scale = tl.load(coeffs_ptr + Co + k0 + offs_k, mask=mask_k, other=0.0)
                 shift = tl.load(coeffs_ptr + 2 * Co + k0 + offs_k, mask=mask_k, other=0.0)
                 y = load_rows(y_ptr + offs_a + offs_tap, inside, mask_k, not POINTWISE, not EVEN_K)
-                scaled += affine(y.to(ACC), y_scale[None, :], shift[None, :])
+                scaled += affine(widened(y, ACC), y_scale[None, :], shift[None, :])
             a = scaled.to(dy_ptr.dtype.element_ty)
         if TRANSPOSED:
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)

@@ -21,7 +21,7 @@ writes dw [split, Co, R, S, Ci]
 import triton
 import triton.language as tl
 
-from .common import affine, relu
+from .common import affine, relu, widened
 
 
 @triton.jit
@@ -141,10 +141,10 @@ def conv_wgrad_kernel(
 
         dy = tl.load(dy_base + dy_offs, mask=mask_dy, other=0.0)
         if HAS_COEFFS:
-            value = coeff_a * dy.to(ACC)
+            value = coeff_a * widened(dy, ACC)
             if HAS_Y:
                 y = tl.load(y_base + dy_offs, mask=mask_dy, other=0.0)
-                value += coeff_b * y.to(ACC) + coeff_c
+                value += coeff_b * widened(y, ACC) + coeff_c
                 if not EVEN_K:
                     value = tl.where(mask_k[None, :], value, 0.0)  # a row past the end must not contribute C
             dy = value.to(dy_ptr.dtype.element_ty)

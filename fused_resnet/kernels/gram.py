@@ -15,7 +15,7 @@ where tensor cores cut off their sums; bfloat16 has no such digits to lose.
 import triton
 import triton.language as tl
 
-from .common import affine, relu
+from .common import affine, relu, widened
 from .implicit_gemm import next_rows, sampled_rows, split_rows
 
 
@@ -180,7 +180,8 @@ def gram_kernel(
                 right = tl.where(mask_k[:, None], right, 0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         # Of the left operand: if that had no other use, its loads would wait in registers, one step ahead at most.
-        sums += tl.sum(tl.reshape(left, (BLOCK_K // LANES, LANES, BLOCK_N)).to(ACC), axis=0)
+        summed = widened(left, ACC) if HAS_AFFINE else left.to(ACC)
+        sums += tl.sum(tl.reshape(summed, (BLOCK_K // LANES, LANES, BLOCK_N)), axis=0)
         if step % FLUSH == FLUSH - 1:
             total += acc
             acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from .bn_stats import store_stats, update_running
 from .bn_sync import rank_sums, store_packed
+from .common import widened
 from .gram import pivot_row
 from .gram_rows import row_products
 
@@ -48,7 +49,7 @@ def dot_parts(left, right, acc, LEFT: tl.constexpr, PARTS: tl.constexpr, ACC: tl
     for _ in tl.static_range(PARTS):
         part = right.to(LEFT)
         acc = tl.dot(left.to(LEFT), part, acc, out_dtype=ACC)
-        right -= part.to(ACC)
+        right -= widened(part, ACC)
     return acc
 
 
@@ -296,7 +297,7 @@ def gram_product_kernel(
     rounded = acc.to(p_ptr.dtype.element_ty)
     tl.store(p_ptr + offs, rounded, mask=mask_i[:, None] & mask_j[None, :])
     if TERMS == 2:
-        rest = (acc - rounded.to(ACC)).to(p_ptr.dtype.element_ty)
+        rest = (acc - widened(rounded, ACC)).to(p_ptr.dtype.element_ty)
         tl.store(p_ptr + P * P + offs, rest, mask=mask_i[:, None] & mask_j[None, :])
 
 

@@ -17,19 +17,13 @@ y, dy [N, H, W, C]; out, dout, index [N, P, Q, C] (index uint8); stats [4, C]; c
 import triton
 import triton.language as tl
 
-from .common import affine, relu, relu_grad
+from .common import affine, relu, relu_grad, widened
 
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """``value`` after rounding to ``dtype``.
-
-    bfloat16 is widened by a shift: a plain cast would let the compiler compare in bfloat16, at twice the instructions.
-    """
-    narrow = value.to(dtype)
-    if dtype == tl.bfloat16:
-        return (narrow.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return narrow.to(value.dtype)
+    """``value`` after rounding to ``dtype``."""
+    return widened(value.to(dtype), value.dtype)
 
 
 @triton.jit

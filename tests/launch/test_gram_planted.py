@@ -35,8 +35,8 @@ PLANTED = {
     "no bias of dz": ("-sum_dz - sum_a", "-sum_a"),
     "scaled matrices, unscaled bias": ("sum_a /= tl.load(scales_ptr + 1)", "pass"),
     "one part of three": ("for _ in tl.static_range(PARTS):", "for _ in tl.static_range(1):"),
-    "parts that do not add up": ("right -= part.to(ACC)", "right = part.to(ACC)"),
-    "a lost second term of P": ("rest = (acc - rounded.to(ACC))", "rest = (acc - acc)"),
+    "parts that do not add up": ("right -= widened(part, ACC)", "right = widened(part, ACC)"),
+    "a lost second term of P": ("rest = (acc - widened(rounded, ACC))", "rest = (acc - acc)"),
     "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
 }
 

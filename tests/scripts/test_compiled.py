@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from benchmarks import compiled, occupancy
+from benchmarks import compiled, machine_code, occupancy
 from benchmarks.sass import Instruction, parsed
 from fused_resnet.plan.target import A100, H100
 
@@ -71,7 +71,7 @@ def spilling_kernel(x_ptr, out_ptr, rows, BLOCK: tl.constexpr):
 """
 READ = """
 import dataclasses, json, torch
-from benchmarks.compiled import Alike, Shape, read, row_of
+from benchmarks.machine_code import Alike, Shape, read, row_of
 from fused_resnet.compile_worker import Job, TensorArgument, become_compiler
 from fused_resnet.launch.record import Launch
 from fused_resnet.plan.target import A100, H100
@@ -155,7 +155,7 @@ def test_launches_are_those_of_explain(target: Any, training: bool) -> None:
     with torch.device("meta"):
         model = fr.resnet50().to(memory_format=torch.channels_last).train(training)
     shape = (256, 3, 224, 224)
-    step, jobs = compiled.step_of(model, shape, torch.bfloat16, target, training)
+    step, jobs = machine_code.step_of(model, shape, torch.bfloat16, target, training)
     rows = [row for row in fr.explain(model, shape, target=target, training=training).rows if row.source != "eager"]
     ours = [(alike.entry, alike.times) for alike in step.kernels.values()]
     assert sum(count for _, count in ours) + len(step.others) == sum(row.launches for row in rows)
@@ -200,10 +200,10 @@ def test_a_network_s_table(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 def test_what_changed_is_told() -> None:
-    row = compiled.Row(
-        "a", "M=1", "", "64", 1, 2.0, 1.0, 64, 0, 0, 4, "registers", 9, 1.0, 1.0, {}, 0, 8.0, 4.0, 1.0, {}, {}
+    row = machine_code.Row(
+        "a", "M=1", "", "64", 1, 2.0, 1.0, 64, 0, 0, 4, "registers", 9, 1.0, 1.0, {}, 0, 0, 8.0, 4.0, 1.0, {}, {}
     )
-    worse = compiled.Row(**{**vars(row), "registers": 255, "spilled": 12, "narrow": {"load 2": 4}})
+    worse = machine_code.Row(**{**vars(row), "registers": 255, "spilled": 12, "narrow": {"load 2": 4}})
     assert compiled.changed([row], [row]) == "nothing changed"
     assert (
         compiled.changed([row], [worse]) == "a M=1  64: registers 64 -> 255, spilled 0 -> 12, narrow none -> 4 × load 2"
