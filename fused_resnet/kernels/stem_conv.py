@@ -19,7 +19,7 @@ window's.
 import triton
 import triton.language as tl
 
-from .implicit_gemm import split_rows
+from .implicit_gemm import next_rows, split_rows
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def stem_conv_wgrad_kernel(
     r = offs_n // RUN
     k = offs_n % RUN
     # Surplus columns repeat the first row of the filter; they are not stored.
-    x_ptrs = x_ptr + (tl.where(r < R, r, 0) * (DILATION_H * pairs * 8) + k)[None, :]
+    columns = tl.where(r < R, r, 0) * (DILATION_H * pairs * 8) + k
 
     pid_split = tl.program_id(1)
     row_start = pid_split * rows_per_split
@@ -184,19 +184,22 @@ def stem_conv_wgrad_kernel(
     dy_base = dy_ptr + row_start.to(tl.int64) * Co
     dy_offs = offs_co[:, None] + offs_k[None, :] * Co
 
-    # The origin of every row, in pixels, advanced by BLOCK_K rows a step without a division in the loop.
-    n, p, q = split_rows(row_start + offs_k, P, Q)
-    origin = (n * padded_h + p * STRIDE_H) * (pairs * 2) + q * stride_w
+    # Origins are counted in pixels from that of a step's first row, which is a scalar's business: what a row adds is
+    # known before the loop, but for the lines and images that begin inside the step.
     line = STRIDE_H * pairs * 2
-    step_q = BLOCK_K % Q
-    step_p = BLOCK_K // Q % P
-    step = BLOCK_K // (P * Q) * (padded_h * pairs * 2) + step_p * line + step_q * stride_w
-    next_line = line - Q * stride_w
-    next_image = padded_h * pairs * 2 - P * line
+    image = padded_h * pairs * 2
+    n, p, q = split_rows(row_start, P, Q)
+    n_k, p_k, q_k = split_rows(offs_k, P, Q)
+    origin_k = (n_k * image + p_k * line + q_k * stride_w) * 4
+    x_offs = columns[None, :] + origin_k[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for i in range(tl.cdiv(rows, BLOCK_K)):
-        x_rows = x_ptrs + (origin.to(tl.int64) * 4)[:, None]
+        next_line = q_k >= Q - q
+        next_image = p_k + next_line.to(tl.int32) >= P - p
+        jump = tl.where(next_line, line - Q * stride_w, 0) + tl.where(next_image, image - P * line, 0)
+        x_base = x_ptr + (n.to(tl.int64) * image + p * line + q * stride_w) * 4
+        x_rows = x_base + (x_offs + (jump * 4)[:, None])
         if EVEN_K:
             dy = tl.load(dy_base + dy_offs, mask=mask_co[:, None], other=0.0)
             a = tl.load(x_rows)
@@ -207,13 +210,7 @@ def stem_conv_wgrad_kernel(
         acc = tl.dot(dy, a, acc, input_precision=PRECISION, out_dtype=ACC)
 
         dy_base += BLOCK_K * Co
-        q += step_q
-        carry_q = q >= Q
-        q -= tl.where(carry_q, Q, 0)
-        p += step_p + tl.where(carry_q, 1, 0)
-        carry_p = p >= P
-        p -= tl.where(carry_p, P, 0)
-        origin += step + tl.where(carry_q, next_line, 0) + tl.where(carry_p, next_image, 0)
+        n, p, q = next_rows(n, p, q, BLOCK_K, P, Q)
 
     s = k // 4
     c = k % 4
