@@ -216,11 +216,12 @@ def conv_dgrad_kernel(
             b = tl.load(w_tap, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         if HAS_COEFFS:
             scale = tl.load(coeffs_ptr + k0 + offs_k, mask=mask_k, other=0.0)
-            scaled = widened(a, ACC) * scale[None, :]
+            scaled = a.to(ACC) * scale[None, :]
             if HAS_Y:
                 y_scale = tl.load(coeffs_ptr + Co + k0 + offs_k, mask=mask_k, other=0.0)
                 shift = tl.load(coeffs_ptr + 2 * Co + k0 + offs_k, mask=mask_k, other=0.0)
                 y = load_rows(y_ptr + offs_a + offs_tap, inside, mask_k, not POINTWISE, not EVEN_K)
+                # Of dy, the same would cost some tiles the registers of a program.
                 scaled += affine(widened(y, ACC), y_scale[None, :], shift[None, :])
             a = scaled.to(dy_ptr.dtype.element_ty)
         if TRANSPOSED:
