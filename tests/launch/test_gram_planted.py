@@ -21,10 +21,7 @@ PLANTED = {
     "no mirror": ("tl.store(g_ptr + j * C + i, value, mask=inside & (row_tile != column_tile))", "pass"),
     "no covariance": ("spread = tl.fma(-c_i[:, None], m_j[None, :], g)", "spread = g"),
     "biased running variance": ("(var * unbiased).to(ACC)", "var"),
-    "T not centred": (
-        "along += tl.sum(w * centred, axis=1)",
-        "along += tl.sum(w * tl.load(t_ptr + rows_q + offs_n[None, :], mask=mask, other=0.0), axis=1)",
-    ),
+    "T not centred": ("rows_q, mask_q, P, CENTRED, SYNC", "rows_q, mask_q, P, True, SYNC"),
     "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
     "the wrong sign of P": ("slope = -rstd", "slope = rstd"),
     "P of another matrix than A∘W": (
