@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,15 +29,6 @@ from . import centring, errors, problems, tensors
 Tensors = dict[str, Any]
 SAMPLE = 4
 """Images at each end of the batch whose every output is compared."""
-
-
-class Reference(NamedTuple):
-    """What a result is judged by: its ``part``, where ``clear`` says that the ReLU's mask leaves no doubt."""
-
-    part: Any
-    eager: torch.Tensor
-    oracle: torch.Tensor
-    clear: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -295,14 +286,14 @@ class ConvCase:
         a = torch.relu(t["x"].to(scale.dtype) * scale + shift).to(self.dtype)
         return a.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def references(self, t: Tensors) -> Reference:
+    def references(self, t: Tensors) -> errors.Reference:
         """Eager's result and the oracle's: of the weight gradient all, of the others the first and last images."""
         high = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else torch.float64
         if self.kind == "gram":
             rows = self._rows(t).double()
             if "pivot" in t:
                 rows -= centring.taken_off(t["pivot"], t.get("affine"), self.dtype).double()
-            return Reference(slice(None), rows, rows.T @ rows, None)
+            return errors.Reference(slice(None), rows, rows.T @ rows, None)
         sample, part = (t, slice(None)) if self.kind == "wgrad" else self._ends(t)
         with errors.exact_float32():
             oracle = self.mathematics(sample, high)
@@ -311,9 +302,11 @@ class ConvCase:
             # Whether a value this near to zero passes depends on whether a multiply and an add were fused.
             clear = self._normalised(sample).abs() > 1e-5
             eager, oracle = eager * clear, oracle * clear
-        return Reference(part, eager, oracle, clear)
+        return errors.Reference(part, eager, oracle, clear)
 
-    def check(self, t: Tensors, config: GemmConfig, reference: Reference | None = None) -> dict[str, dict[str, Any]]:
+    def check(
+        self, t: Tensors, config: GemmConfig, reference: errors.Reference | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Runs the kernel on poisoned memory and judges everything that it returns."""
         with errors.poisoned():
             out, tiles = self.ours(t, config)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 ABSOLUTE = {torch.bfloat16: 2**-7.5, torch.float16: 2**-10.5, torch.float32: 1e-5, torch.float64: 1e-12}
 ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-45}
+
+
+class Reference(NamedTuple):
+    """What a result is judged by: its ``part``, where ``clear`` says that the ReLU's mask leaves no doubt."""
+
+    part: Any
+    eager: torch.Tensor
+    oracle: torch.Tensor
+    clear: torch.Tensor | None
 
 
 @contextmanager
