@@ -35,9 +35,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
         for rank in range(RANKS)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=900)[1] for process in processes]
     except subprocess.TimeoutExpired:
-        errors = ["no end within four minutes: one rank waits for another"] * RANKS
+        errors = ["no end within a quarter of an hour: one rank waits for another"] * RANKS
     finally:
         for process in processes:
             process.kill()
