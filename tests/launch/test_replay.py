@@ -20,7 +20,11 @@ from torch import Tensor
 import fused_resnet as fr
 from fused_resnet.autograd import staged_backward, staged_forward
 from fused_resnet.launch import record, replay
+from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.replay import replaying
+from fused_resnet.plan.config import GemmConfig
+from fused_resnet.plan.problem import ConvProblem
+from tests.conftest import INTERPRETED
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -187,6 +191,30 @@ def test_an_error_is_not_remembered() -> None:
     fails = False
     for _ in range(3):
         assert torch.equal(call(torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+# ----- descriptors -----
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's tiles")
+@pytest.mark.parametrize("form", ["box", "walk"])
+def test_descriptors_are_made_of_the_tensors_at_hand(form: str) -> None:
+    problem = ConvProblem(2, 4, 8, 16, 32, 3, 3, padding=(1, 1), dtype="float64")
+    config = GemmConfig(16, 16, 16, num_warps=4, form=form)
+
+    def direct(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, tiles = conv_fprop(x, weight, problem, config, stats=True)
+        assert tiles is not None
+        return y, tiles.data
+
+    body = Counted(direct)
+    call = replaying(body)
+    for _ in range(4):
+        x = torch.randn(2, 16, 4, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(32, 16, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        for got, expected in zip(call(x, weight), direct(x, weight), strict=True):
+            assert torch.equal(got, expected) and got.stride() == expected.stride()
+    assert body.count == 2
 
 
 # ----- blocks -----
