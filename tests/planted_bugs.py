@@ -104,9 +104,7 @@ TRUNCATED = "((({0}).to(tl.int32, bitcast=True) >> 16) << 16).to(tl.float32, bit
 BUGS = [
     # statistics
     Bug("unbiased variance", STATS, "mean, m2 / rows, eps", "mean, m2 / (rows - 1), eps", ("bottleneck",)),
-    Bug(
-        "biased running variance", STATS, "m2 / tl.maximum(rows - 1, 1), momentum", "m2 / rows, momentum", ("running",)
-    ),
+    Bug("biased running variance", STATS, "m2 / tl.maximum(rows - 1, 1),", "m2 / rows,", ("running",)),
     Bug("wrong eps", STATS, "tl.sqrt(var + eps)", "tl.sqrt(var + 10 * eps)", ("identity",)),
     Bug("eps outside the root", STATS, "tl.sqrt(var + eps)", "(tl.sqrt(var) + eps)", ("identity",)),
     Bug(

@@ -83,10 +83,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        or (
-            (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
-            and _is_watched_globally()
-        )
+        or _is_watched_globally()
     )
 
 

@@ -107,6 +107,29 @@ def update_running(running_ptr, value, momentum, offs_c, mask_c):
 
 
 @triton.jit
+def update_statistics(
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
+    mean,
+    unbiased,
+    momentum,
+    offs_c,
+    mask_c,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
+):
+    """Both running statistics, in place, from the mean and the unbiased variance; a counter makes the momentum."""
+    if HAS_COUNTER:
+        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
+    if HAS_RUNNING_MEAN:
+        update_running(running_mean_ptr, mean, momentum, offs_c, mask_c)
+    if HAS_RUNNING_VAR:
+        update_running(running_var_ptr, unbiased, momentum, offs_c, mask_c)
+
+
+@triton.jit
 def tile_deviations(mean, m2, mask, pivot, start, rows, rows_per_tile, VECTORS: tl.constexpr):
     """(S, Q) of all values in the step of tiles that begins at tile ``start``, a sum per lane."""
     first_row = (start + tl.arange(0, mean.shape[0]))[:, None].to(tl.int64) * rows_per_tile
@@ -197,12 +220,19 @@ def bn_finalize_kernel(
     mask_c = offs_c < channels
     mean, m2 = merge_tiles(tiles_ptr, plane, tiles, rows, rows_per_tile, offs_c, channels, VECTORS, BLOCK_T)
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, m2 / rows, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
-    if HAS_COUNTER:
-        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
-    if HAS_RUNNING_MEAN:
-        update_running(running_mean_ptr, mean, momentum, offs_c, mask_c)
-    if HAS_RUNNING_VAR:
-        update_running(running_var_ptr, m2 / tl.maximum(rows - 1, 1), momentum, offs_c, mask_c)
+    update_statistics(
+        running_mean_ptr,
+        running_var_ptr,
+        counter_ptr,
+        mean,
+        m2 / tl.maximum(rows - 1, 1),
+        momentum,
+        offs_c,
+        mask_c,
+        HAS_RUNNING_MEAN,
+        HAS_RUNNING_VAR,
+        HAS_COUNTER,
+    )
 
 
 @triton.jit

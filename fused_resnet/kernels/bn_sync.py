@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .bn_act_grad import tile_sums
-from .bn_stats import centred, merge_tiles, store_stats, update_running
+from .bn_stats import centred, merge_tiles, store_stats, update_statistics
 
 
 @triton.jit
@@ -115,12 +115,19 @@ def bn_sync_finalize_kernel(
 
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, m2 / rows, eps, channels, offs_c, mask_c, HAS_WEIGHT, HAS_BIAS)
     mask_c = mask_c & (tl.zeros([BLOCK_C], dtype=ACC) + counted > 0.0)
-    if HAS_COUNTER:
-        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
-    if HAS_RUNNING_MEAN:
-        update_running(running_mean_ptr, mean, momentum, offs_c, mask_c)
-    if HAS_RUNNING_VAR:
-        update_running(running_var_ptr, m2 / tl.maximum(rows - 1.0, 1.0), momentum, offs_c, mask_c)
+    update_statistics(
+        running_mean_ptr,
+        running_var_ptr,
+        counter_ptr,
+        mean,
+        m2 / tl.maximum(rows - 1.0, 1.0),
+        momentum,
+        offs_c,
+        mask_c,
+        HAS_RUNNING_MEAN,
+        HAS_RUNNING_VAR,
+        HAS_COUNTER,
+    )
 
 
 @triton.jit

@@ -30,7 +30,7 @@ sums that the layer below makes of da, and where dz lies along y's own direction
 import triton
 import triton.language as tl
 
-from .bn_stats import store_stats, update_running
+from .bn_stats import store_stats, update_statistics
 from .bn_sync import rank_sums, store_packed
 from .common import widened
 from .gram import pivot_row
@@ -140,12 +140,19 @@ def gram_finalize_kernel(
         store_packed(stats_ptr, mean, (var * rows).to(ACC), rows, Q, offs_q, mask_q)
         return
     store_stats(stats_ptr, weight_ptr, bias_ptr, mean, var, eps, Q, offs_q, mask_q, HAS_WEIGHT, HAS_BIAS)
-    if HAS_COUNTER:
-        momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
-    if HAS_RUNNING_MEAN:
-        update_running(running_mean_ptr, mean, momentum, offs_q, mask_q)
-    if HAS_RUNNING_VAR:
-        update_running(running_var_ptr, (var * unbiased).to(ACC), momentum, offs_q, mask_q)
+    update_statistics(
+        running_mean_ptr,
+        running_var_ptr,
+        counter_ptr,
+        mean,
+        (var * unbiased).to(ACC),
+        momentum,
+        offs_q,
+        mask_q,
+        HAS_RUNNING_MEAN,
+        HAS_RUNNING_VAR,
+        HAS_COUNTER,
+    )
 
 
 @triton.jit

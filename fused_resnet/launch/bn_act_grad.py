@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.bn_act_grad import (
     bn_act_grad_reduce_kernel,
@@ -14,12 +13,16 @@ from ..kernels.bn_act_grad import (
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
 from .bits import require_bits
-from .check import accumulation_dtype, require_device, require_image, require_nhwc, require_rows, require_shape
+from .check import (
+    accumulation_dtype,
+    require_device,
+    require_image,
+    require_nhwc,
+    require_rows,
+    require_shape,
+    triton_dtype,
+)
 from .record import launch
-
-
-def _acc(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def bn_act_grad_reduce(
@@ -94,7 +97,7 @@ def bn_act_grad_reduce(
         row_bytes=ceil_div(channels, 8),
         rows_per_tile=config.block_m,
         plane=tiles * channels,
-        ACC=_acc(acc),
+        ACC=triton_dtype(acc),
         HAS_Y=y is not None,
         HAS_OUT=out is not None,
         HAS_BITS=bits is not None,
@@ -131,12 +134,23 @@ def bn_grad_merge(tiles: torch.Tensor, row: int, config: PassConfig) -> torch.Te
         plane=count * channels,
         merged_plane=groups * channels,
         ROW=row,
-        ACC=_acc(tiles.dtype),
+        ACC=triton_dtype(tiles.dtype),
         VECTORS=vectors,
         BLOCK_T=block_t,
         BLOCK_C=config.block_c,
     )
     return merged
+
+
+def merged_grads(tiles: torch.Tensor, row: int, rows: int) -> tuple[torch.Tensor, int]:
+    """``tiles`` and ``row``, where they are many merged by groups. ValueError for no ``rows``, or no such ``row``."""
+    kinds, count, channels = tiles.shape
+    if rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    if not 0 < row < kinds:
+        raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
+    groups = group_config(count, channels, interpreter=tiles.device.type == "cpu")
+    return (bn_grad_merge(tiles, row, groups), 1) if groups else (tiles, row)
 
 
 def bn_grad_finalize(
@@ -147,11 +161,7 @@ def bn_grad_finalize(
     Row 0 of ``tiles`` holds sum dz, ``row`` holds sum dz * (y - mean); ``rows`` is how many pixels each channel has.
     dy = A * dz + B * y + C with the rows of coeffs. ``weight`` defaults to 1. ValueError for no rows.
     """
-    kinds, count, channels = tiles.shape
-    if rows < 1:
-        raise ValueError(f"rows must be positive, got {rows}")
-    if not 0 < row < kinds:
-        raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
+    _, _, channels = tiles.shape
     require_rows(stats, 4, channels, tiles, "stats")
     if weight is not None:
         require_device(tiles.device, weight=weight)
@@ -159,11 +169,9 @@ def bn_grad_finalize(
     dgamma = torch.empty(channels, dtype=tiles.dtype, device=tiles.device)
     dbeta = torch.empty_like(dgamma)
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
-    interpreter = tiles.device.type == "cpu"
-    if groups := group_config(count, channels, interpreter=interpreter):
-        tiles, row = bn_grad_merge(tiles, row, groups), 1
-        count = tiles.shape[1]
-    config = merge_config(count, channels, interpreter=interpreter)
+    tiles, row = merged_grads(tiles, row, rows)
+    count = tiles.shape[1]
+    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
     vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_grad_finalize_kernel,
@@ -183,7 +191,7 @@ def bn_grad_finalize(
         tiles=count,
         plane=count * channels,
         ROW=row,
-        ACC=_acc(tiles.dtype),
+        ACC=triton_dtype(tiles.dtype),
         HAS_WEIGHT=weight is not None,
         VECTORS=vectors,
         BLOCK_T=block_t,

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
 from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_merge_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
-from .check import ACCUMULATION, DTYPES, accumulation_dtype, require_device, require_nhwc, require_shape
+from .check import (
+    ACCUMULATION,
+    DTYPES,
+    accumulation_dtype,
+    require_counter,
+    require_device,
+    require_nhwc,
+    require_shape,
+    triton_dtype,
+)
 from .record import launch
 from .tiles import StatTiles
 
@@ -62,7 +70,7 @@ def bn_stats(y: torch.Tensor, config: PassConfig) -> StatTiles:
         channels=channels,
         rows_per_tile=config.block_m,
         plane=tiles * channels,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         VECTORS=vectors,
         BLOCK_M=block_m,
         BLOCK_C=config.block_c,
@@ -100,6 +108,15 @@ def bn_merge(tiles: StatTiles, config: PassConfig) -> StatTiles:
     return StatTiles(merged, tiles.rows_per_tile * config.block_m, tiles.rows)
 
 
+def merged(tiles: StatTiles) -> StatTiles:
+    """``tiles``, where they are many merged by groups. ValueError if they do not hold their rows."""
+    _, count, channels = tiles.data.shape
+    if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
+        raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
+    groups = group_config(count, channels, interpreter=tiles.data.device.type == "cpu")
+    return bn_merge(tiles, groups) if groups else tiles
+
+
 def bn_finalize(
     tiles: StatTiles,
     *,
@@ -117,21 +134,13 @@ def bn_finalize(
     variance; with ``counter`` (int64, already counting this batch) the momentum is 1 / counter. ValueError for no rows.
     """
     data = tiles.data
-    _, count, channels = data.shape
-    if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
-        raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
-    if counter is not None:
-        if counter.dtype != torch.int64:
-            raise ValueError(f"counter must be int64, got {counter.dtype}")
-        require_device(data.device, counter=counter)
+    require_counter(counter, data.device)
     _require_channels(data, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    tiles = merged(tiles)
+    data = tiles.data
+    _, count, channels = data.shape
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
-    interpreter = data.device.type == "cpu"
-    if groups := group_config(count, channels, interpreter=interpreter):
-        tiles = bn_merge(tiles, groups)
-        data = tiles.data
-        count = data.shape[1]
-    config = merge_config(count, channels, interpreter=interpreter)
+    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     launch(
         bn_finalize_kernel,
@@ -193,7 +202,7 @@ def bn_frozen(norms: Sequence[FrozenNorm], *, dtype: torch.dtype) -> list[torch.
         **{f"norm{i}": norm for i, norm in enumerate([*given, *[None] * absent])},
         **{f"eps{i}": eps for i, eps in enumerate([*(float(norm.eps) for norm in norms), *[0.0] * absent])},
         COUNT=len(norms),
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         BLOCK_C=FROZEN_CONFIG.block_c,
     )
     return outs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.bn_sync import (
     bn_sync_finalize_kernel,
@@ -11,27 +10,21 @@ from ..kernels.bn_sync import (
     bn_sync_grad_pack_kernel,
     bn_sync_pack_kernel,
 )
-from ..plan.passes import ceil_div, group_config, merge_config, step
-from .bn_act_grad import bn_grad_merge
-from .bn_stats import _require_channels, bn_merge
-from .check import require_device, require_rows, require_shape
+from ..plan.passes import ceil_div, merge_config, step
+from .bn_act_grad import merged_grads
+from .bn_stats import _require_channels, merged
+from .check import require_counter, require_device, require_rows, require_shape, triton_dtype
 from .record import launch
 from .tiles import StatTiles
 
 
 def bn_sync_pack(tiles: StatTiles) -> torch.Tensor:
     """[2 C + 1]: mean and M2 of each channel and the count of rows, of the tiles' dtype."""
+    tiles = merged(tiles)
     data = tiles.data
     _, count, channels = data.shape
-    if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
-        raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
-    interpreter = data.device.type == "cpu"
-    if groups := group_config(count, channels, interpreter=interpreter):
-        tiles = bn_merge(tiles, groups)
-        data = tiles.data
-        count = data.shape[1]
     packed = torch.empty(2 * channels + 1, dtype=data.dtype, device=data.device)
-    config = merge_config(count, channels, interpreter=interpreter)
+    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     launch(
         bn_sync_pack_kernel,
@@ -71,10 +64,7 @@ def bn_sync_finalize(
     statistics stay as they are.
     """
     ranks, channels = _sizes(gathered)
-    if counter is not None:
-        if counter.dtype != torch.int64:
-            raise ValueError(f"counter must be int64, got {counter.dtype}")
-        require_device(gathered.device, counter=counter)
+    require_counter(counter, gathered.device)
     stats = torch.empty((4, channels), dtype=gathered.dtype, device=gathered.device)
     _require_channels(stats, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     config = merge_config(ranks, channels, interpreter=gathered.device.type == "cpu")
@@ -96,7 +86,7 @@ def bn_sync_finalize(
         channels=channels,
         eps=float(eps),
         momentum=float(momentum),
-        ACC=acc_of(gathered),
+        ACC=triton_dtype(gathered.dtype),
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         HAS_RUNNING_MEAN=running_mean is not None,
@@ -113,17 +103,10 @@ def bn_sync_grad_pack(tiles: torch.Tensor, rows: int, *, row: int = 1) -> torch.
 
     They are rows 0 and ``row`` of ``tiles`` [K, T, C]. ValueError for no rows.
     """
-    kinds, count, channels = tiles.shape
-    if rows < 1:
-        raise ValueError(f"rows must be positive, got {rows}")
-    if not 0 < row < kinds:
-        raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
-    interpreter = tiles.device.type == "cpu"
-    if groups := group_config(count, channels, interpreter=interpreter):
-        tiles, row = bn_grad_merge(tiles, row, groups), 1
-        count = tiles.shape[1]
+    tiles, row = merged_grads(tiles, row, rows)
+    _, count, channels = tiles.shape
     packed = torch.empty(2 * channels + 1, dtype=tiles.dtype, device=tiles.device)
-    config = merge_config(count, channels, interpreter=interpreter)
+    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
     vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_sync_grad_pack_kernel,
@@ -139,7 +122,7 @@ def bn_sync_grad_pack(tiles: torch.Tensor, rows: int, *, row: int = 1) -> torch.
         tiles=count,
         plane=count * channels,
         ROW=row,
-        ACC=acc_of(tiles),
+        ACC=triton_dtype(tiles.dtype),
         VECTORS=vectors,
         BLOCK_T=block_t,
         BLOCK_C=config.block_c,
@@ -181,16 +164,12 @@ def bn_sync_grad_finalize(
         coeffs_ptr=coeffs,
         ranks=ranks,
         channels=channels,
-        ACC=acc_of(gathered),
+        ACC=triton_dtype(gathered.dtype),
         HAS_WEIGHT=weight is not None,
         BLOCK_R=config.block_m,
         BLOCK_C=config.block_c,
     )
     return dgamma, dbeta, coeffs
-
-
-def acc_of(t: torch.Tensor) -> tl.dtype:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
 def _sizes(gathered: torch.Tensor) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
 from ..kernels.bottleneck_single import bottleneck_single_kernel
 from ..plan.config import SingleConfig
@@ -21,6 +20,7 @@ from .check import (
     require_image,
     require_problem,
     require_shape,
+    triton_dtype,
 )
 from .record import launch
 
@@ -118,7 +118,7 @@ def bottleneck_single(
         HAS_PROJECTION=projection is not None,
         APPLY_RELU=problem.relu,
         EVEN_K=first.Ci % config.block_k == 0,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
         TILE_P=config.tile_p,
         TILE_Q=config.tile_q,

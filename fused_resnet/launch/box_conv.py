@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.box_conv import box_conv_kernel, walk_conv_kernel
@@ -11,7 +10,7 @@ from ..plan.box import Box, exact_box, row_box, why_not_boxes
 from ..plan.config import GemmConfig
 from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
-from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows, triton_dtype
 from .record import launch
 from .tiles import StatTiles
 
@@ -130,7 +129,7 @@ def _launch(
         HAS_STATS=stats,
         HAS_MASK=mask_input is not None,
         HAS_MASK_STATS=mask_stats is not None,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
         BOX_N=box.n,
         BOX_W=box.w,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.box_wgrad import box_wgrad_kernel
 from ..plan.box import any_box
@@ -11,7 +10,7 @@ from ..plan.config import GemmConfig
 from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .box_conv import image_descriptor
-from .check import accumulation_dtype, dot_precision, require_image, require_problem
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, triton_dtype
 from .parts import add_parts
 from .record import launch
 
@@ -63,7 +62,7 @@ def box_wgrad(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
     )
     if config.split > 1:

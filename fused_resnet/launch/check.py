@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton.language as tl
 
 from ..plan.problem import ConvProblem
 
@@ -88,6 +89,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in ACCUMULATION:
         raise ValueError(f"the kernels take {', '.join(DTYPES)}; got {dtype}")
     return ACCUMULATION[dtype]
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's word for a dtype of accumulators and statistics."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def require_counter(counter: torch.Tensor | None, device: torch.device) -> None:
+    """How many batches a BatchNorm has seen, where that decides about its momentum: int64, on ``device``."""
+    if counter is not None:
+        if counter.dtype != torch.int64:
+            raise ValueError(f"counter must be int64, got {counter.dtype}")
+        require_device(device, counter=counter)
 
 
 def dot_precision(dtype: torch.dtype = torch.float32) -> str:

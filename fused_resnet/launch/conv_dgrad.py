@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton.language as tl
 
 from ..kernels.conv_dgrad import conv_dgrad_kernel
 from ..plan.config import GemmConfig
@@ -13,7 +12,7 @@ from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem, Pair
 from .bits import require_bits
 from .box_conv import box_conv_dgrad
-from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows, triton_dtype
 from .record import launch
 
 
@@ -128,7 +127,7 @@ def conv_dgrad(
         EVEN_K=p.Co % config.block_k == 0,
         EVEN_N=p.Ci % config.block_n == 0,
         TRANSPOSED=config.transposed,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(dy.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
 from ..kernels.conv_fprop import conv_fprop_kernel
 from ..plan.config import GemmConfig
@@ -13,7 +12,7 @@ from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .bits import require_bits
 from .box_conv import box_conv_fprop
-from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_problem, require_rows, triton_dtype
 from .record import launch
 from .tiles import StatTiles
 
@@ -149,7 +148,7 @@ def conv_fprop(
         HAS_BITS=bits is not None,
         EVEN_K=p.Ci % config.block_k == 0,
         TRANSPOSED=config.transposed,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

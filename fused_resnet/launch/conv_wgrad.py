@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.conv_wgrad import conv_wgrad_kernel
 from ..plan.config import GemmConfig
 from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
 from .box_wgrad import box_wgrad
-from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows, triton_dtype
 from .parts import add_parts
 from .record import launch
 
@@ -72,7 +71,7 @@ def conv_wgrad(
         memory_format=torch.channels_last,
     )
     partial_dtype = accumulation_dtype(x.dtype)
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    acc = triton_dtype(x.dtype)
     partial = dw if config.split == 1 else torch.empty((config.split, elements), dtype=partial_dtype, device=x.device)
 
     tiles_co, tiles_ci = ceil_div(problem.Co, config.block_m), ceil_div(problem.Ci, config.block_n)

@@ -8,8 +8,8 @@ from ..kernels.gram import gram_kernel, gram_reduce_kernel
 from ..plan.config import GemmConfig
 from ..plan.gram import FLUSH_ROWS, gram_reduce_config, gram_tiles
 from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
-from .check import require_nhwc, require_rows
-from .gram_bn import GramGrads, gram_backward, gram_dtype, gram_finalize, product_precision, require_pivot, triton_dtype
+from .check import require_nhwc, require_rows, triton_dtype
+from .gram_bn import GramGrads, gram_backward, gram_dtype, gram_finalize, product_precision, require_pivot
 from .record import launch
 
 __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]
@@ -54,7 +54,7 @@ def gram(
     tiles = gram_tiles(channels, config.block_n)
     elements = tiles * config.block_n**2 + channels
     partial = torch.empty((split, elements), dtype=dtype, device=x.device)
-    acc, precision = triton_dtype(partial), product_precision(x.device)
+    acc, precision = triton_dtype(partial.dtype), product_precision(x.device)
     lanes = config.num_warps * WARP * VECTOR_BYTES // x.element_size() // config.block_n
     launch(
         gram_kernel,

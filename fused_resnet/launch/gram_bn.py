@@ -11,7 +11,16 @@ from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_final
 from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_config, gram_rows_config
 from ..plan.passes import ceil_div, next_power_of_2
 from .bn_stats import _require_channels
-from .check import accumulation_dtype, require_device, require_dtype, require_nhwc, require_rows, require_shape
+from .check import (
+    accumulation_dtype,
+    require_counter,
+    require_device,
+    require_dtype,
+    require_nhwc,
+    require_rows,
+    require_shape,
+    triton_dtype,
+)
 from .record import launch
 
 MOST_RANKS = 32
@@ -74,8 +83,7 @@ def gram_finalize(
             require_rows(input_affine, 2, p, weight, "input_affine")
     if rows < 1:
         raise ValueError(f"statistics of {rows} rows")
-    if counter is not None and counter.dtype != torch.int64:
-        raise ValueError(f"counter must be int64, got {counter.dtype}")
+    require_counter(counter, g.device)
     stats = torch.empty(2 * q + 1 if packs else (4, q), dtype=acc_dtype, device=g.device)
     if packs:
         gamma = beta = running_mean = running_var = counter = None
@@ -128,7 +136,7 @@ def gram_finalize(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         PARTS=parts,
-        ACC=triton_dtype(g),
+        ACC=triton_dtype(g.dtype),
         INPUT_PRECISION=product_precision(g.device),
     )
     return stats, v, m
@@ -187,7 +195,7 @@ def gram_backward(
     bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
     scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
     owed = sum_dz if others is None else torch.empty_like(sum_dz)
-    common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats)}
+    common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats.dtype)}
     all_q = next_power_of_2(q) if scaled else 1
 
     rows_config = gram_rows_config(p, interpreter=interpreter)
@@ -302,11 +310,6 @@ def gram_dtype(like: torch.Tensor, pivot: torch.Tensor | None) -> torch.dtype:
     """Of G and c: a pivot says that the digits count, and then float32 data have too many for float32 sums."""
     acc = accumulation_dtype(like.dtype)
     return torch.float64 if pivot is not None and like.dtype == acc else acc
-
-
-def triton_dtype(t: torch.Tensor) -> tl.dtype:
-    """The accumulation dtype of a kernel whose results are ``t``."""
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
 def product_precision(device: torch.device) -> str:

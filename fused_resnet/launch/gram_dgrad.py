@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.gram_dgrad import gram_dgrad_kernel
 from ..plan.config import GemmConfig
@@ -17,6 +16,7 @@ from .check import (
     require_image,
     require_mean,
     require_rows,
+    triton_dtype,
 )
 from .record import launch
 
@@ -131,7 +131,7 @@ def gram_dgrad(
         EVEN_Q=q % config.block_k == 0,
         EVEN_P=p % config.block_k == 0,
         EVEN_N=p % config.block_n == 0,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(dz.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

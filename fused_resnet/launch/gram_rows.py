@@ -7,8 +7,8 @@ import torch
 from ..kernels.gram_rows import gram_sums_kernel
 from ..plan.gram import gram_rows_config
 from ..plan.passes import ceil_div
-from .check import require_shape
-from .gram_bn import _require_weight, triton_dtype
+from .check import require_shape, triton_dtype
+from .gram_bn import _require_weight
 from .record import launch
 
 
@@ -53,6 +53,6 @@ def gram_sums(
         CENTRED=centred,
         BLOCK_Q=config.block_m,
         BLOCK_P=config.block_c,
-        ACC=triton_dtype(stats),
+        ACC=triton_dtype(stats.dtype),
     )
     return packed

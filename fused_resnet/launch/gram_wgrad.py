@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.gram_wgrad import gram_wgrad_kernel
 from ..plan.config import GemmConfig
 from ..plan.passes import ceil_div
 from .bits import require_bits
-from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows
+from .check import accumulation_dtype, dot_precision, require_image, require_mean, require_rows, triton_dtype
 from .parts import add_parts
 from .record import launch
 
@@ -43,7 +42,7 @@ def gram_wgrad(
         require_mean(input_mean, y)
     require_bits(bits, dout.shape, dout.device)
 
-    acc, ACC = accumulation_dtype(dout.dtype), tl.float64 if dout.dtype == torch.float64 else tl.float32
+    acc, ACC = accumulation_dtype(dout.dtype), triton_dtype(dout.dtype)
     elements = q * p + q
     steps = ceil_div(ceil_div(M, config.block_k), config.split)
     result = torch.empty(elements, dtype=acc, device=dout.device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.conv_wgrad import conv_wgrad_reduce_kernel
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, next_power_of_2
+from .check import triton_dtype
 from .record import launch
 
 
@@ -30,5 +30,5 @@ def add_parts(partial: torch.Tensor, total: torch.Tensor) -> None:
         elements=elements,
         BLOCK_S=config.block_m,
         BLOCK_N=config.block_c,
-        ACC=tl.float64 if partial.dtype == torch.float64 else tl.float32,
+        ACC=triton_dtype(partial.dtype),
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 from ..kernels.stem_conv import stem_conv_fprop_kernel, stem_conv_wgrad_kernel, stem_pad_kernel
 from ..plan.config import GemmConfig, PassConfig
 from ..plan.passes import ceil_div, next_power_of_2
 from ..plan.problem import ConvProblem
-from .check import DTYPES, accumulation_dtype, dot_precision, require_image
+from .check import DTYPES, accumulation_dtype, dot_precision, require_image, triton_dtype
 from .parts import add_parts
 from .record import launch
 from .tiles import StatTiles
@@ -61,7 +60,7 @@ def stem_conv_fprop(
         STRIDE_W=p.stride[1],
         DILATION_H=p.dilation[0],
         HAS_STATS=stats,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -112,7 +111,7 @@ def stem_conv_wgrad(
         STRIDE_H=p.stride[0],
         DILATION_H=p.dilation[0],
         EVEN_K=p.M % config.block_k == 0,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
+        ACC=triton_dtype(acc),
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

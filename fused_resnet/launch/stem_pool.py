@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 
 from ..kernels.stem_pool import stem_pool_grad_apply_kernel, stem_pool_grad_reduce_kernel, stem_pool_kernel
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, next_power_of_2
-from .check import accumulation_dtype, require_device, require_dtype, require_image, require_rows
+from .check import accumulation_dtype, require_device, require_dtype, require_image, require_rows, triton_dtype
 from .record import launch
 
 MOST_TILES = 1024
@@ -155,5 +154,5 @@ def shape_arguments(y: torch.Tensor, config: PassConfig) -> dict[str, Any]:
         "Q": Q,
         "BLOCK_M": config.block_m,
         "BLOCK_C": config.block_c,
-        "ACC": tl.float64 if y.dtype == torch.float64 else tl.float32,
+        "ACC": triton_dtype(y.dtype),
     }
