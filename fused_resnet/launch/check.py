@@ -104,9 +104,14 @@ def require_counter(counter: torch.Tensor | None, device: torch.device) -> None:
         require_device(device, counter=counter)
 
 
+def allows_tf32() -> bool:
+    """PyTorch's own switch, of convolutions of float32: ``cudnn.allow_tf32`` raises once ``fp32_precision`` was set."""
+    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"  # type: ignore[no-any-return, attr-defined]
+
+
 def dot_precision(dtype: torch.dtype = torch.float32) -> str:
     """How tl.dot multiplies operands of a convolution: float32 after PyTorch's own switch, all others exactly."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def require_problem(problem: ConvProblem, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..alike import Kinds
 from . import record
+from .check import allows_tf32
 
 Tensor = torch.Tensor
 Body = Callable[..., tuple[Tensor, ...]]
@@ -44,7 +45,7 @@ def replaying(body: Body) -> Body:
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         tensors: list[Tensor] = []
-        key = _values(arguments, tensors), torch._C._get_cudnn_allow_tf32()  # a switch that launchers read
+        key = _values(arguments, tensors), allows_tf32()  # a switch that launchers read
         kind = kinds.find(key, tensors)
         if kind is None:
             kinds.remember(key, tensors, _Kind())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 import fused_resnet as fr
 from fused_resnet.autograd import staged_backward, staged_forward
 from fused_resnet.launch import record, replay
+from fused_resnet.launch.check import dot_precision
 from fused_resnet.launch.conv_fprop import conv_fprop
 from fused_resnet.launch.replay import replaying
 from fused_resnet.plan.config import GemmConfig
@@ -92,6 +93,34 @@ def test_another_kind_is_written_anew(other: Callable[[Tensor, Tensor], tuple[An
         assert body.count == count
     call(2.0, x, [None, row])
     assert body.count == 4
+
+
+@pytest.fixture
+def conv_precision() -> Iterator[Callable[[str], None]]:
+    """PyTorch's newer switch of TF32; with it set, its older one raises."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    yield lambda value: setattr(conv, "fp32_precision", value)
+    conv.fp32_precision = before
+
+
+@pytest.mark.quick
+def test_tf32_is_part_of_the_kind_by_whichever_switch(conv_precision: Callable[[str], None]) -> None:
+    body = Counted(lambda x: (x + (dot_precision() == "tf32"),))
+    call = replaying(body)
+    x = torch.zeros(1)
+    assert [call(x)[0].item() for _ in range(3)] == [1.0] * 3
+    conv_precision("ieee")
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        _ = torch.backends.cudnn.allow_tf32
+    assert [call(x)[0].item() for _ in range(3)] == [0.0] * 3 and body.count == 4
+    conv_precision("tf32")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        assert call(x)[0].item() == 0.0
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert call(x)[0].item() == 1.0 and body.count == 4
 
 
 @pytest.mark.quick
