@@ -18,7 +18,7 @@ from fused_resnet.plan import planner
 from fused_resnet.plan.route import RouteUnavailableError
 from fused_resnet.plan.target import Target, current
 
-from . import errors, modules
+from . import modules, vendor_graph
 from .cases import ConvCase
 from .device import Device
 from .modules import HOW, BlockCase, ModelCase
@@ -26,7 +26,7 @@ from .passes import PassCase
 from .registry import Entry
 from .stages import facts
 from .timing import Timing, interleave, rotation
-from .vendor_graph import Unavailable, conv_graph
+from .vendor_graph import Unavailable
 
 ROUNDS = 20
 FACTS = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "date")
@@ -111,10 +111,10 @@ def _bench_kernel(benchmark: Any, gpu: Machine, case: ConvCase | PassCase, candi
         assert vendor is not None
         calls, vendor = vendor, None
     elif candidate == "vendor graph":
-        calls = [conv_graph(case, t) for t in sets]
-        reference = case.references(sets[0])
-        judged = errors.judge(calls[0]()["y"][reference.part], reference.eager, reference.oracle)  # type: ignore[index]
-        _refuse(case.name, candidate, _complaints({"y": judged}))
+        assert isinstance(case, ConvCase)
+        graphs = [vendor_graph.conv_graph(case, t) for t in sets]
+        _refuse(case.name, candidate, _complaints(vendor_graph.verdicts(case, sets[0], graphs[0]())))
+        calls = [*graphs]
     else:
         config = _configuration(benchmark, gpu, case)
         verdicts = case.check(sets[0], config)

@@ -83,7 +83,7 @@ def convolutions(kind: str) -> list[Entry]:
     found = []
     for case in distinct.values():
         candidates = ("vendor", "ours")
-        if kind == "fprop" and not case.gram:
+        if not case.gram:
             candidates += ("vendor graph",)
         found.append(Entry("kernel", case, candidates, _test_of(case)))
     return found

@@ -30,6 +30,7 @@ from fused_resnet.launch.record import Rehearsed, rehearse_launches
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import H100, INTERPRETER, Assumption, assume
 from fused_resnet.rehearsal import rehearse
+from tests.scripts.fake_cudnn import FakeCudnn, FakeTensor
 
 
 class Benchmark:
@@ -211,16 +212,48 @@ class TestRegistry:
 
 class TestVendorGraph:
     case = ConvCase(ConvProblem(2, 5, 5, 8, 16, dtype="float32"), "fprop", "conv3", affine=True, stats=True)
+    layers = problems.layers(50, 2, 32, 8, "float32")[:8]
+    passes = tuple({case.name: case for layer in layers for case in cases(layer) if not case.gram}.values())
 
     def test_without_the_package_it_is_left_out_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cudnn", None)
         with pytest.raises(pytest.skip.Exception, match="vendor graph: nvidia-cudnn-frontend is not installed"):
             bench(self.case, "vendor graph")
 
-    def test_the_graph_is_the_convolution_with_its_prologue(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.usefixtures("ieee")
+    @pytest.mark.parametrize("case", [case, *passes], ids=lambda case: case.name)
+    def test_the_graph_is_the_convolution_with_all_that_ours_fuses(
+        self, case: ConvCase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, "cudnn", FakeCudnn())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        assert bench(self.case, "vendor graph").timed
+        assert bench(case, "vendor graph").timed
+
+    def test_the_cases_hold_all_that_a_graph_may(self) -> None:
+        found = {name for case in self.passes for name in ("affine", "coeffs", "residual") if getattr(case, name)}
+        found |= {f"{case.kind} stats" for case in self.passes if case.stats}
+        assert found == {"affine", "coeffs", "residual", "fprop stats", "dgrad stats"}
+        assert any(case.kind == "dgrad" and case.problem.stride == (2, 2) for case in self.passes)
+        listed = {e.subject.kind for e in registry.entries() if "vendor graph" in e.candidates}  # type: ignore[union-attr]
+        assert listed == {"fprop", "dgrad", "wgrad"}
+
+    @pytest.mark.usefixtures("ieee")
+    @pytest.mark.parametrize("wrong", ["relu_backward", "conv_wgrad", "reduction"])
+    def test_a_wrong_graph_has_no_time(self, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = FakeCudnn()
+        right = getattr(fake, wrong)
+
+        def off(*operands: Any, **more: Any) -> FakeTensor:
+            node = right(*operands, **more)
+            return fake.node(lambda pack: node.of(pack) * 1.01)
+
+        monkeypatch.setattr(fake, wrong, off)
+        monkeypatch.setitem(sys.modules, "cudnn", fake)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        kind = "wgrad" if "wgrad" in wrong else "dgrad"
+        case = next(case for case in self.passes if case.kind == kind and case.stats == (kind == "dgrad"))
+        with pytest.raises(pytest.fail.Exception, match="vendor graph: WRONG, not timed"):
+            bench(case, "vendor graph")
 
     def test_a_graph_that_the_vendor_refuses_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = FakeCudnn()
@@ -229,70 +262,6 @@ class TestVendorGraph:
         monkeypatch.setitem(sys.modules, "cudnn", fake)
         with pytest.raises(pytest.skip.Exception, match="the vendor's graph API refuses"):
             bench(self.case, "vendor graph")
-
-
-class FakeTensor:
-    """A node of the graph: how its value follows from those of the nodes before it."""
-
-    def __init__(self, value: Callable[[dict[Any, torch.Tensor]], torch.Tensor] | None = None) -> None:
-        self.value = value
-
-    def set_output(self, _: bool) -> FakeTensor:
-        return self
-
-    def set_data_type(self, _: object) -> FakeTensor:
-        return self
-
-    def of(self, pack: dict[Any, torch.Tensor]) -> torch.Tensor:
-        return pack[self] if self.value is None else self.value(pack)
-
-
-class FakeCudnn:
-    """As much of the vendor's graph API as is used, over PyTorch."""
-
-    data_type = SimpleNamespace(BFLOAT16=1, HALF=2, FLOAT=3)
-    heur_mode = SimpleNamespace(A=0)
-    cudnnGraphNotSupportedError = RuntimeError
-
-    def create_handle(self) -> int:
-        return 1
-
-    def set_stream(self, *, handle: int, stream: int) -> None:
-        assert handle == 1
-
-    def pygraph(self, **_: Any) -> FakeCudnn:
-        return self
-
-    def tensor_like(self, _: torch.Tensor) -> FakeTensor:
-        return FakeTensor()
-
-    def mul(self, a: FakeTensor, b: FakeTensor) -> FakeTensor:
-        return FakeTensor(lambda pack: a.of(pack) * b.of(pack))
-
-    def add(self, a: FakeTensor, b: FakeTensor) -> FakeTensor:
-        return FakeTensor(lambda pack: a.of(pack) + b.of(pack))
-
-    def relu(self, a: FakeTensor) -> FakeTensor:
-        return FakeTensor(lambda pack: torch.relu(a.of(pack)))
-
-    def conv_fprop(self, *, image: FakeTensor, weight: FakeTensor, **geometry: Any) -> FakeTensor:
-        self.outputs = [FakeTensor(lambda pack: torch.conv2d(image.of(pack), weight.of(pack), None, **geometry))]
-        return self.outputs[0]
-
-    def genstats(self, y: FakeTensor) -> list[FakeTensor]:
-        sums = [FakeTensor(lambda pack, n=n: y.of(pack).pow(n).sum((0, 2, 3), keepdim=True)) for n in (1, 2)]
-        self.outputs += sums
-        return sums
-
-    def build(self, _: list[Any]) -> None:
-        pass
-
-    def get_workspace_size(self) -> int:
-        return 0
-
-    def execute(self, pack: dict[FakeTensor, torch.Tensor], workspace: torch.Tensor, *, handle: int) -> None:
-        for node in self.outputs:
-            pack[node].copy_(node.of({key: t for key, t in pack.items() if key not in self.outputs}))
 
 
 def test_the_host_s_run_and_the_gpu_s_skip_with_a_reason(tmp_path: Path) -> None:
