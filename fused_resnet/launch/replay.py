@@ -48,6 +48,8 @@ def replaying(body: Body) -> Body:
         key = _values(arguments, tensors), allows_tf32()  # a switch that launchers read
         kind = kinds.find(key, tensors)
         if kind is None:
+            if any(map(_is_put_off, tensors)):
+                return body(*_carried_out(arguments))
             kinds.remember(key, tensors, _Kind())
             return body(*arguments)
         if not kind.is_writable or record.is_watched():
@@ -65,6 +67,23 @@ def replaying(body: Body) -> Body:
         return kind.sequence(*tensors)
 
     return call
+
+
+def _is_put_off(t: Tensor) -> bool:
+    """Whether ``t`` is not what its memory holds: gradients of complex numbers are negated lazily, say."""
+    return t.is_neg() or t._is_zerotensor()
+
+
+def _carried_out(arguments: Sequence[Any]) -> list[Any]:
+    """``arguments`` with tensors that are what their memory holds, as PyTorch's dispatcher would hand them on."""
+    return [
+        argument.clone()
+        if isinstance(argument, Tensor) and _is_put_off(argument)
+        else _carried_out(argument)
+        if isinstance(argument, (list, tuple))
+        else argument
+        for argument in arguments
+    ]
 
 
 _all_kinds: list[Kinds[_Kind]] = []

@@ -134,6 +134,46 @@ def test_one_tensor_in_two_places() -> None:
     assert body.count == 5
 
 
+NEGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": lambda t: torch._neg_view(-t),
+    "strided": lambda t: torch.complex(t, -t).conj().imag,
+    "zero": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("put_off", NEGATED)
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "frozen"])
+def test_what_pytorch_puts_off_is_carried_out_first(put_off: str, training: bool) -> None:
+    """The memory of a gradient that is negated lazily holds its opposite, that of zeros nothing."""
+    block, x = BLOCKS["identity"]().train(training), torch.randn(2, 16, 3, 3)
+    dout = torch.randn(2, 16, 3, 3)
+    for _ in range(4):
+        leaf = x.clone().requires_grad_()
+        lazy = NEGATED[put_off](dout)
+        expected, got = (
+            torch.autograd.grad(block(leaf), (leaf, *block.parameters()), each) for each in (lazy.clone(), lazy)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        assert expected[0].any() == (put_off != "zero")
+    if put_off == "negated":
+        lazy, plain = (block.eval()(each(x)) for each in (lambda t: torch._neg_view(-t), torch.clone))
+        torch.testing.assert_close(lazy, plain)
+
+
+@pytest.mark.quick
+def test_the_gradient_of_a_complex_loss(ieee: None) -> None:
+    block = BLOCKS["identity"]()
+    x, results = torch.randn(2, 16, 3, 3), []
+    for route in ("auto", "reference"):
+        with fr.use_route(route):
+            out = block(x)
+        (torch.complex(torch.zeros_like(out), out).conj() * (1 + 1j)).real.sum().backward()
+        results.append([p.grad for p in block.parameters()])
+        block.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.quick
 def test_a_tensor_from_elsewhere_is_never_replayed() -> None:
     elsewhere = torch.ones(4)
