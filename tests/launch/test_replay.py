@@ -162,9 +162,9 @@ def test_what_pytorch_puts_off_is_carried_out_first(put_off: str, training: bool
 
 
 @pytest.mark.quick
-def test_the_gradient_of_a_complex_loss(ieee: None) -> None:
-    block = BLOCKS["identity"]()
-    x, results = torch.randn(2, 16, 3, 3), []
+def test_the_gradient_of_a_complex_loss() -> None:
+    block = BLOCKS["identity"]().double()
+    x, results = torch.randn(2, 16, 3, 3, dtype=torch.float64), []
     for route in ("auto", "reference"):
         with fr.use_route(route):
             out = block(x)
