@@ -45,7 +45,8 @@ def replaying(body: Body) -> Body:
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         tensors: list[Tensor] = []
-        key = _values(arguments, tensors), allows_tf32()  # a switch that launchers read
+        # Switches that launchers read, and by which the vendor's convolutions choose the layout of what they return.
+        key = _values(arguments, tensors), allows_tf32(), torch._C._get_cudnn_enabled()
         kind = kinds.find(key, tensors)
         if kind is None:
             if any(map(_is_put_off, tensors)):

@@ -134,6 +134,25 @@ def test_one_tensor_in_two_places() -> None:
     assert body.count == 5
 
 
+@pytest.mark.quick
+def test_without_cudnn_a_convolution_may_return_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it then comes as NCHW, and is copied: of calls with cuDNN no copy was written down."""
+
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        has_cudnn = torch.backends.cudnn.enabled
+        y = torch.empty_like(x, memory_format=torch.channels_last if has_cudnn else torch.contiguous_format).copy_(x)
+        return (y.contiguous(memory_format=torch.channels_last),)
+
+    counted = Counted(body)
+    call = replaying(counted)
+    x = torch.randn(2, 3, 4, 5)
+    for enabled, count in ((True, 2), (False, 4), (True, 4)):
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+        for _ in range(3):
+            assert torch.equal(call(x)[0], x)
+        assert counted.count == count
+
+
 NEGATED: dict[str, Callable[[Tensor], Tensor]] = {
     "negated": lambda t: torch._neg_view(-t),
     "strided": lambda t: torch.complex(t, -t).conj().imag,
