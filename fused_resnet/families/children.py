@@ -97,7 +97,14 @@ def why_not_conv(conv: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> Obstacle
         return Obstacle("a convolution has a bias")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Obstacle("a convolution pads otherwise than by a number of zeros")
+    if not (_is_pair(conv.stride) and _is_pair(conv.padding) and _is_pair(conv.dilation)):
+        return Obstacle("a convolution's stride, padding or dilation was set to something else than two numbers")
     return None
+
+
+def _is_pair(value: object) -> bool:
+    """As the constructor makes it; PyTorch's function takes one number and lists, too."""
+    return isinstance(value, tuple) and len(value) == 2
 
 
 def why_not_norm(norm: object) -> Obstacle | None:

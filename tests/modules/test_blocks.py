@@ -141,6 +141,9 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     "subclass": subclassed,
     "bias": lambda b: setattr(b, "conv2", nn.Conv2d(3, 3, 3, padding=1).double()),
     "circular padding": lambda b: setattr(b.conv2, "padding_mode", "circular"),
+    "a number for a stride": lambda b: setattr(b.conv2, "stride", 1),
+    "a list for a padding": lambda b: setattr(b.conv2, "padding", [1, 1]),
+    "one number of a dilation": lambda b: setattr(b.conv2, "dilation", (1,)),
     "other activation": lambda b: setattr(b, "relu", nn.SiLU()),
     "identity for a norm": lambda b: setattr(b, "bn1", nn.Identity()),
 }
