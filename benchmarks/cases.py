@@ -207,7 +207,7 @@ class ConvCase:
         if self.formed:
             bn_grad_apply(t["dy"], t["y"], t["coeffs"], pass_config(*size))
         else:
-            _, sums = bn_act_grad_reduce(t["dy"], None, None, reduce_config(*size), bits=t["bits"])
+            _, sums = bn_act_grad_reduce(t["dy"], None, None, reduce_config(*size, tensors=2), bits=t["bits"])
             bn_grad_finalize(sums, sums.new_ones(4, self.problem.Co), None, self.problem.M)
 
     def vendor(self, t: Tensors) -> torch.Tensor:

@@ -14,11 +14,15 @@ from fused_resnet.plan.target import Target
 
 from . import problems
 from .cases import ConvCase
+from .passes import TILED, PassCase
+from .passes import cases as cases_over_memory
 from .roles import cases
 
 BATCHES = (256, 128, 64, 512, 32)
 UNKNOWN = 0.25
 """Of a kernel without an estimate: the part of its memory's time that measuring may gain."""
+RULED = 0.05
+"""The same of a pass over memory, whose rule was near the fastest wherever that is known."""
 
 
 class Network(NamedTuple):
@@ -47,17 +51,20 @@ TINY = (Network(50, 2, 32, 8, "float32"), Network(50, 2, 32, 8, "float32", 8, 16
 
 
 class Work(NamedTuple):
-    """One thing to measure: a pass, or a whole block by its routes. ``gain``: microseconds over all networks."""
+    """One thing to measure: a convolution's pass, a whole block by its routes, or a pass over memory. ``gain``:
+    microseconds over all networks."""
 
     name: str
     gain: float
     case: ConvCase | None = None
     chain: ChainProblem | None = None
+    over_memory: PassCase | None = None
 
 
 def work(networks: Sequence[Network], target: Target) -> list[Work]:
     """Everything that ``networks`` are made of: what the first one holds goes before the rest, passes before blocks
-    there, and otherwise what should gain most.
+    there, and otherwise what should gain most. Of the passes over memory the first one's, after its blocks: their tiles
+    follow a rule, and what is measured is what the rule is held against.
 
     A pass gains what it takes beyond its floor, as measured if it was and else as estimated; a block's choice of a
     route a quarter of what its passes do.
@@ -77,10 +84,14 @@ def work(networks: Sequence[Network], target: Target) -> list[Work]:
     for name, (rank, count, case) in passes.items():
         gain = predicted_gain_us(case, target)
         gains[case.problem] += gain
-        rows.append((rank > 0, False, Work(name, count * gain, case)))
+        rows.append((rank > 0, 0, Work(name, count * gain, case)))
     for name, (rank, count, chain) in chains.items():
         gain = UNKNOWN * sum(gains[conv] for conv in chain.convs)
-        rows.append((rank > 0, rank == 0, Work(name, count * gain, chain=chain)))
+        rows.append((rank > 0, int(rank == 0), Work(name, count * gain, chain=chain)))
+    for memory in cases_over_memory(target.interpreter, networks[0].batch):
+        if memory.kind in TILED:
+            gain = RULED * 2 * memory.rows * memory.C * memory.dtype.itemsize / target.bandwidth * 1e6
+            rows.append((False, 2, Work(memory.name, gain, over_memory=memory)))
     return [item for *_, item in sorted(rows, key=lambda row: (row[0], row[1], -row[2].gain))]
 
 

@@ -4,11 +4,11 @@
 
 prints, per kind of pass: how much slower than the fastest candidate the model's choice is (regret), how well it orders
 them, how far its microseconds are off; and the same for rates that were fitted without the layer they are asked about.
+Then the regret of the rules for the passes over memory.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import statistics
@@ -24,8 +24,9 @@ from fused_resnet.plan.defaults import choices
 from fused_resnet.plan.estimate import RATES, Rates, Terms, terms, together_us
 from fused_resnet.plan.target import Target, preset
 
-from . import problems
+from . import fit_passes, problems
 from .cases import ConvCase
+from .configs import parsed
 from .roles import cases
 
 RECORDS = Path(__file__).parent / "records"
@@ -79,16 +80,9 @@ def measured(folder: Path = RECORDS) -> list[Measured]:
         target = preset(next(name for name in ("h100", "h200", "a100") if name in document["gpu"].lower()))
         for name, result in document["results"].items():
             if name in known and len(result.get("heats_us", {})) > 1:
-                times = {parsed(text): us for text, us in result["heats_us"].items()}
+                times = {parsed(text, GemmConfig): us for text, us in result["heats_us"].items()}
                 found.append(Measured(known[name], target, times))
     return found
-
-
-def parsed(text: str) -> GemmConfig:
-    """A configuration from its ``repr``; what it does not name has its default."""
-    call = ast.parse(text, mode="eval").body
-    assert isinstance(call, ast.Call)
-    return GemmConfig(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
 
 
 def judge(one: Measured, rates: Rates) -> Judgement:
@@ -163,6 +157,7 @@ def main() -> None:
         print(f"  held out:     {line(held_out(sample, rates))}")
         best = fit(sample, rates)
         print("  fitted:       " + ", ".join(f"{name}={value:.3g}" for name, value in best._asdict().items()))
+    fit_passes.report()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, stem_pool
 from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
-from fused_resnet.plan.passes import pass_config, reduce_config, window_config
+from fused_resnet.plan.passes import pass_config, reduce_config, step, window_config
 
 from . import errors, tensors
 
@@ -32,6 +32,8 @@ KINDS = (
     "stem_pool_grad_reduce",
     "stem_pool_grad_apply",
 )
+TILED = tuple(kind for kind in KINDS if "finalize" not in kind)
+"""Those whose tile is an argument; merges choose theirs by how many tiles there are."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,30 @@ class PassCase:
             return PassConfig(64, 16, 1)
         if self.kind.startswith("stem"):
             return window_config(self.C)
-        reduces = self.kind == "bn_stats" or "reduce" in self.kind
-        choose = reduce_config if reduces else pass_config
-        return choose(self.rows, self.C, self.dtype.itemsize, sm_count, interpreter=self.interpreter)
+        size = (self.rows, self.C, self.dtype.itemsize, sm_count)
+        if self.kind == "bn_stats":
+            return reduce_config(*size)
+        if "reduce" in self.kind:
+            return reduce_config(*size, tensors=3 + ("+proj" in self.kind))
+        return pass_config(*size)
+
+    def candidates(self, sm_count: int = 132) -> list[PassConfig]:
+        """Tiles worth measuring, the rule's first: shorter, longer, wider and narrower ones, and twice the warps."""
+        rule = self.config(sm_count)
+        if self.interpreter:
+            return [rule, replace(rule, block_m=rule.block_m // 2)]
+        m, c = rule.block_m, rule.block_c
+        tiles = [(m // 2, c, 4), (2 * m, c, 4), (m // 4, c, 4), (m // 2, 2 * c, 4), (m, 2 * c, 4), (2 * m, c // 2, 4),
+                 (m, c, 8), (2 * m, c, 8)]  # fmt: skip
+        found = dict.fromkeys([rule, *(PassConfig(*tile) for tile in tiles)])
+        return [config for config in found if config == rule or self._fits(config)]
+
+    def _fits(self, config: PassConfig) -> bool:
+        """Whether a program's tile is whole steps of channels that are there."""
+        if not 16 <= config.block_c <= max(16, self.C) or config.block_m < 8:
+            return False
+        groups, group = step(config, self.dtype.itemsize, vectors=4)
+        return self.kind.startswith("stem") or config.block_m % (groups * group) == 0
 
     def inputs(self, device: str, *, empty: bool = False) -> Tensors:
         """Random inputs of the kind; with ``empty`` uninitialised ones, for a compilation that reads nothing."""

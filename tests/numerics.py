@@ -185,6 +185,15 @@ def score_all(candidate: Results, eager: Results, oracle: Results, eager_oracle:
     return [score(candidate[n], eager[n], oracle[n], n, eager_oracle=forced[n]) for n in names]
 
 
+def pooled(draws: Sequence[Results]) -> Results:
+    """Several draws of one computation as one larger result: the rule over few values is a toss of a coin.
+
+    The same factors hold for all values together, as they would for a result of that size.
+    """
+    names = [name for name, value in draws[0].items() if isinstance(value, Tensor)]
+    return {name: torch.cat([draw[name] for draw in draws]) for name in names} if len(draws) > 1 else draws[0]
+
+
 def check_all(candidate: Results, eager: Results, oracle: Results, eager_oracle: Results | None = None) -> list[Score]:
     """:func:`score_all`, raising one AssertionError with the table of all results if any is refused."""
     scores = score_all(candidate, eager, oracle, eager_oracle)

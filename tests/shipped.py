@@ -145,7 +145,7 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     y, stats, coeffs = _image(p.N, p.Co, p.P, p.Q, dtype), _rows(4, p.Co), _rows(3, p.Co)
     row, counter = _rows(1, p.Co)[0], torch.empty((), dtype=torch.int64, device="meta")
     sizes = (p.M, p.Co, y.element_size(), target.sm_count)
-    once, reduce = pass_config(*sizes), reduce_config(*sizes)
+    once, reduce, three, four = pass_config(*sizes), *(reduce_config(*sizes, tensors=n) for n in (1, 3, 4))
     parameters = _parameters(p.Co)
     tiles = bn_stats.bn_stats(y, reduce)
     bn_stats.bn_finalize(tiles, **parameters, momentum=0.1)
@@ -165,17 +165,17 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     for shortcut in ({}, {"residual": y}, {"residual": y, "residual_stats": stats}):
         bn_act.bn_act(y, stats, once, bits=bits, **shortcut)
     grad = bn_act_grad.bn_act_grad_reduce
-    _, tiles = grad(y, y, stats, reduce)
-    grad(y, y, stats, reduce, bits=bits)
-    _, three = grad(y, y, stats, reduce, bits=bits, residual=y, residual_stats=stats)
-    grad(y, None, None, reduce, bits=bits, residual=y, residual_stats=stats)
+    _, tiles = grad(y, y, stats, three)
+    grad(y, y, stats, three, bits=bits)
+    _, sums = grad(y, y, stats, four, bits=bits, residual=y, residual_stats=stats)
+    grad(y, None, None, three, bits=bits, residual=y, residual_stats=stats)
     grad(y, y, stats, reduce, relu=False)
     grad(y, None, None, reduce, bits=bits)
-    grad(y, None, None, reduce, out=y)
+    grad(y, None, None, three, out=y)
     bn_act_grad.bn_grad_finalize(tiles, stats, row, p.M)
-    bn_act_grad.bn_grad_finalize(three, stats, row, p.M, row=2)
-    for sums, kind in ((tiles, 1), (three, 2)):
-        packed = bn_sync.bn_sync_grad_pack(sums, p.M, row=kind)
+    bn_act_grad.bn_grad_finalize(sums, stats, row, p.M, row=2)
+    for summed, kind in ((tiles, 1), (sums, 2)):
+        packed = bn_sync.bn_sync_grad_pack(summed, p.M, row=kind)
         for ranks in RANKS:
             bn_sync.bn_sync_grad_finalize(_gathered(ranks, p.Co), packed, stats, row)
     bn_act_grad.bn_grad_apply(y, y, coeffs, once)

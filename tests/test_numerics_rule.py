@@ -259,3 +259,19 @@ def test_chain_is_what_modules_compute(with_projection):
         torch.testing.assert_close(results["dbeta" + suffix], norm.bias.grad)
     if not with_projection:
         torch.testing.assert_close(results["dresidual"], residual.grad)
+
+
+def test_of_few_values_several_draws_are_judged_together() -> None:
+    """Four sums whose errors happen to be large once are right; errors that are large every time are not."""
+    true = torch.tensor([1.0, 1.3, 1.7, 2.0], dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+
+    def ok(errors: tuple[float, ...]) -> bool:
+        ours = numerics.pooled([{"dgamma0": (true + error * signs).float()} for error in errors])
+        eager = numerics.pooled([{"dgamma0": (true + 4e-7 * signs).float()} for _ in errors])
+        oracle = numerics.pooled([{"dgamma0": true} for _ in errors])
+        return numerics.score_all(ours, eager, oracle)[0].ok
+
+    assert not ok((3e-6,))
+    assert ok((2e-6, 2e-7, 2e-7, 2e-7))
+    assert not ok((3e-6,) * 4)

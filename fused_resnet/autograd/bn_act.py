@@ -95,8 +95,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout = nhwc(dout)
     rows, channels, itemsize = _size(y)
-    reducing = reduce_config(rows, channels, itemsize, sm_count, interpreter=interpreter)
     bits, store_dz = mask if mask.numel() else None, needs_y or needs_residual
+    tensors = 2 + (relu and store_dz)
+    reducing = reduce_config(rows, channels, itemsize, sm_count, tensors=tensors, interpreter=interpreter)
     dz, tiles = bn_act_grad.bn_act_grad_reduce(dout, y, stats, reducing, bits=bits, relu=relu, store_dz=store_dz)
     dgamma, dbeta, coeffs = grad_finalize(tiles, stats, gamma, rows, sync, wants_dy=needs_y)
     dy, dresidual = y.new_empty(0), y.new_empty(0)

@@ -96,9 +96,9 @@ class Passes:
         self.batch = plan.problem.batch_statistics
         self.sync = plan.problem.sync
 
-    def _config(self, pick: Callable[..., PassConfig], t: Tensor) -> PassConfig:
+    def _config(self, pick: Callable[..., PassConfig], t: Tensor, **more: int) -> PassConfig:
         n, c, h, w = t.shape
-        return pick(n * h * w, c, t.element_size(), self.plan.sm_count, interpreter=self.plan.interpreter)
+        return pick(n * h * w, c, t.element_size(), self.plan.sm_count, interpreter=self.plan.interpreter, **more)
 
     def stats(self, y: Tensor) -> StatTiles:
         return bn_stats.bn_stats(y, self._config(reduce_config, y))
@@ -119,9 +119,21 @@ class Passes:
         options = {"residual": residual, "residual_stats": residual_stats, "bits": mask}
         return bn_act.bn_act(y, stats, config, **options, relu=relu)
 
-    def grad_reduce(self, dout: Tensor, y: Tensor | None, stats: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-        config = self._config(reduce_config, dout)
-        return bn_act_grad.bn_act_grad_reduce(dout, y, stats, config, **options)  # type: ignore[arg-type, return-value]
+    def grad_reduce(
+        self,
+        dout: Tensor,
+        y: Tensor | None,
+        stats: Tensor,
+        *,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = True,
+        **more: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        read = sum(t is not None for t in (dout, y, out, residual))
+        config = self._config(reduce_config, dout, tensors=read + relu)
+        options: dict[str, Any] = {"out": out, "residual": residual, "relu": relu, **more}
+        return bn_act_grad.bn_act_grad_reduce(dout, y, stats, config, **options)  # type: ignore[return-value]
 
     def grad_finalize(
         self, tiles: Tensor, stats: Tensor, gamma: Tensor | None, rows: int, *, wants_dy: bool, row: int = 1

@@ -2,6 +2,12 @@
 
 A program takes ``block_m`` rows by ``block_c`` channels, a step of a few rows at a time (:func:`step`), in 16-byte
 loads. ``interpreter`` asks for few, large programs: their number is what time depends on there.
+
+These rules are the passes' cost model: memory takes what it takes, and what a tile decides is how well it is kept busy.
+Where several tiles were measured on an H100 (``python -m benchmarks.fit`` prints them) they lose a hundredth to the
+fastest: a reduction is fastest in one wave of as many programs as its registers let run at once, since each ends in
+sums across its warps; a merge in few steps. Nothing but their defaults was measured of :func:`pass_config`,
+:func:`window_config`, :func:`cast_config` and :func:`transpose_config`.
 """
 
 from __future__ import annotations
@@ -48,10 +54,16 @@ def pass_config(
 
 @lru_cache(maxsize=4096)
 def reduce_config(
-    rows: int, channels: int, itemsize: int, sm_count: int = 132, *, interpreter: bool = False
+    rows: int, channels: int, itemsize: int, sm_count: int = 132, *, tensors: int = 1, interpreter: bool = False
 ) -> PassConfig:
-    """A pass that reduces over rows: few tiles (about 8 programs per SM, in all channel blocks together)."""
-    return _config(rows, channels, itemsize, 8 * sm_count, block_c=64, max_steps=64, interpreter=interpreter)
+    """A pass that reduces over rows: one wave of programs, in all channel blocks together.
+
+    Eight of them share a processor. Where three ``tensors`` or more of this size are read or written four do, whose
+    registers leave no room for more; of four tensors a program takes longer stretches.
+    """
+    programs = (8 if tensors < 3 else 4) * sm_count
+    block_c = 64 if tensors < 4 else 128
+    return _config(rows, channels, itemsize, programs, block_c=block_c, max_steps=64, interpreter=interpreter)
 
 
 def _config(

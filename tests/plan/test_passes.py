@@ -43,6 +43,11 @@ def test_number_of_programs(rows, channels):
     blocks_c = ceil_div(channels, reduce.block_c)
     programs = ceil_div(rows, reduce.block_m) * blocks_c
     assert min(3 * 132, ceil_div(rows, 64) * blocks_c) <= programs <= max(8 * 132, rows * channels // 64**3 + 1)
+    for tensors, most in ((1, 8), (2, 8), (3, 4), (4, 4)):
+        config = reduce_config(rows, channels, 2, sm_count=132, tensors=tensors)
+        assert config.block_c == min(channels, 128 if tensors == 4 else 64)
+        wave = ceil_div(rows, config.block_m) * ceil_div(channels, config.block_c)
+        assert wave <= most * 132 or config.block_m * config.block_c == 64 * 64 * 64
     elementwise = pass_config(rows, channels, 2, sm_count=132)
     steps = elementwise.block_m * elementwise.block_c // (4 * 128 * 8)
     assert steps == 8 or ceil_div(rows, elementwise.block_m) * ceil_div(channels, elementwise.block_c) <= 32 * 132

@@ -20,7 +20,7 @@ import fused_resnet as fr
 from benchmarks import device, harness, networks, precompile, problems, ship
 from benchmarks.device import ROOT, DryDevice
 from benchmarks.roles import cases
-from benchmarks.stages import autotune, baselines, kernels, models, step
+from benchmarks.stages import autotune, baselines, blocks, kernels, models, step
 from fused_resnet.plan import tables, target
 
 
@@ -130,6 +130,29 @@ def test_a_wrong_kernel_is_named_and_has_no_time(
     (name,) = found.results
     assert found.document["wrong"] == [name] and "ours" not in found.results[name]
     assert f"{name}: WRONG float32 out R" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_rehearsed_block_is_judged_over_several_draws(dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients have four values each. A real one is drawn once; and what is wrong in each draw is named."""
+    draw, seeds = blocks._draw, []
+
+    def off(device: DryDevice, seed: int, *shape: Any) -> Any:
+        (candidate, *runs), ran = draw(device, seed, *shape)
+        seeds.append(seed)
+        return [{**candidate, "dgamma0": candidate["dgamma0"] * (1 + wrong)}, *runs], ran
+
+    monkeypatch.setattr(blocks, "_draw", off)
+    monkeypatch.setattr(blocks, "BATCH", 2)
+    device = DryDevice() if dry else Pretended()
+    shape = "ConvBNReLU", 4, 4, 1, 6, torch.float32
+    wrong = 0.0
+    assert blocks.judge(device, *shape)["ok"]
+    assert seeds == ([1, 2, 3, 4] if dry else [1])
+    wrong = 1e-5
+    verdict = blocks.judge(device, *shape)
+    assert not verdict["ok"] and verdict["line"].startswith("WRONG dgamma0 R: ")
 
 
 def test_kernels_compile_ahead_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

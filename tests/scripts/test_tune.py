@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from benchmarks import family, harness, problems, ship
+from benchmarks import family, harness, passes, problems, ship
 from benchmarks.device import ROOT, DryDevice
 from benchmarks.stages import tune
 from fused_resnet.explain import image_like
@@ -35,11 +35,13 @@ def test_resnet_50_goes_first_then_what_should_gain_most() -> None:
     assert len({work.name for work in found}) == len(found) > 1000
     mine = {name for layer in problems.layers(50) for name in map(family.name_of, family.cases(layer))}
     mine |= {family.name_of_chain(chain) for chain in problems.blocks(50)}
+    mine |= {case.name for case in passes.cases(dry=False) if case.kind in passes.TILED}
     assert {work.name for work in found[: len(mine)]} == mine
     later = [work.gain for work in found[len(mine) :]]
     assert later == sorted(later, reverse=True) and later[0] > 0
-    kinds = [work.case is not None for work in found[: len(mine)]]
-    assert kinds == sorted(kinds, reverse=True), "routes are measured with the configurations found before"
+    kinds = [0 if work.case else 1 if work.chain else 2 for work in found[: len(mine)]]
+    assert kinds == sorted(kinds), "routes are measured with the configurations found before"
+    assert set(kinds) == {0, 1, 2} and not any(work.over_memory for work in found[len(mine) :])
 
 
 @quick
@@ -111,20 +113,28 @@ def context(out: Path, limit: int = 0) -> harness.Context:
 
 
 def test_passes_and_routes_are_measured_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage itself, on one pass and two blocks, one of them with groups; then again, with nothing left to do."""
+    """The stage itself, on a pass, one of boxes, one over memory and two blocks, one of them with groups; then again,
+    with nothing left to do."""
     found = family.work(family.TINY, tune.target_of(context(tmp_path)))
     blocks = [work for work in found if work.chain is not None]
     groups = next(work for work in blocks if any(conv.groups > 1 for conv in work.chain.convs))  # type: ignore[union-attr]
-    few = [next(work for work in found if work.case is not None), blocks[0], groups]
+    box = next(
+        w for w in found if w.case and w.case.problem.is_same_3x3 and w.case.kind == "dgrad" and w.case.problem.H == 4
+    )
+    memory = next(work for work in found if work.over_memory is not None)
+    few = [next(work for work in found if work.case is not None), box, memory, blocks[0], groups]
     monkeypatch.setattr(family, "work", lambda *_: few)
     stage = context(tmp_path)
     assert stage.run(tune.items(stage)) == 0
     assert list(stage.results) == [work.name for work in few]
     assert not any("error" in result for result in stage.results.values()), stage.results
-    for work in few[1:]:
+    assert any("'box'" in config for config in stage.results[box.name]["heats_us"]), stage.results[box.name]
+    measured = stage.results[memory.name]
+    assert measured["rule"] in measured["heats_us"] and len(measured["heats_us"]) > 1
+    for work in blocks[:1] + [groups]:
         times = stage.document["routes"][tables.chain_key(work.chain)]["us"]  # type: ignore[arg-type]
         assert {"staged", "reference"} <= set(times)
-    assert len(stage.document["entries"]) == 1
+    assert len(stage.document["entries"]) == 2
     assert not list(tune.items(context(tmp_path)))
     store.forget()
 
