@@ -55,7 +55,8 @@ class Context:
         self.stage, self.out, self.deadline, self.marker, self.device, self.limit = (
             stage, out, deadline, marker, device, limit)  # fmt: skip
         self.path = path_of(out, stage)
-        self.document = read(self.path) or {"stage": stage, "results": {}}
+        before = read(self.path) or {}
+        self.document = before if isinstance(before.get("results"), dict) else {"stage": stage, "results": {}}
         self.document.pop("out_of_time_before", None)
         self.document["facts"] = {**(read(out / "facts.json") or {}).get("facts", {}), **device.facts()}
 
@@ -137,10 +138,12 @@ def show(stage: str, name: str, result: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
+    """What ``write`` wrote there; None where nothing is, or something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
@@ -164,7 +167,7 @@ def adopt(out: Path) -> bool:
     store.load()  # first: what is installed later goes before it
     try:
         tables.install(found.name, found.sm, tuned)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except tables.DAMAGED as error:
         print(f"{path_of(out, 'tune')} is damaged ({type(error).__name__}: {error}): the shipped tables are followed")
         return False
     return True
@@ -306,7 +309,7 @@ def summarise(out: Path, stages: Iterable[str]) -> None:
             continue
         if "out_of_time_before" in document:
             left.append(f"{name} from {document['out_of_time_before']} on")
-        for item, r in document["results"].items():
+        for item, r in document.get("results", {}).items():
             if "error" in r or r.get("ok") is False:
                 wrong.append(f"{name}: {item}: {r.get('line') or r['error'].splitlines()[0]}"[:160])
             rates = {who: c["images_per_s"] for who, c in r.get("candidates", {}).items() if "images_per_s" in c}

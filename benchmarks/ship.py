@@ -23,17 +23,28 @@ def shipped(document: dict[str, Any]) -> dict[str, Any]:
 
 def ship(source: Path, folder: Path = TUNED) -> Path:
     """Writes the table of ``source`` to ``folder``/<gpu>.json, over what was there for the same passes only."""
-    from fused_resnet.plan.tables import VERSION, gpu_slug
+    from fused_resnet.plan.tables import DAMAGED, VERSION, gpu_slug, parse, parse_routes
 
-    document = json.loads(source.read_text())
-    if document.get("version") != VERSION or not document.get("entries"):
-        raise SystemExit(f"{source} holds no table of version {VERSION}")
-    if not document["facts"].get("commit"):
+    try:
+        document = json.loads(source.read_text())
+        if document["version"] != VERSION or not parse(document):
+            raise SystemExit(f"{source} holds no table of version {VERSION}")
+        parse_routes(document)
+        measured_at = document["facts"].get("commit")
+    except OSError as error:
+        raise SystemExit(f"{source} cannot be read ({error.strerror})") from None
+    except DAMAGED as error:
+        raise SystemExit(f"{source} holds no table ({type(error).__name__}: {str(error)[:80]})") from None
+    if not measured_at:
         raise SystemExit(f"{source} does not say at which commit it was measured; measure again")
     table = shipped(document)
     target = folder / f"{gpu_slug(document['gpu'])}.json"
     before = harness.read(target) or {}
-    if before.get("version") == VERSION:
+    try:
+        known = bool(parse(before) or parse_routes(before))
+    except DAMAGED:  # nobody reads that table either
+        known = False
+    if known:
         entries = dict(before["entries"])
         for key, passes in table["entries"].items():
             entries[key] = {**entries.get(key, {}), **passes}

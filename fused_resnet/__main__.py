@@ -55,7 +55,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     found, complaints = store.read()
     counts = [f"{table.identity.gpu}, {len(table.entries)} layers, {len(table.routes)} blocks" for table in found]
     yield "measured here", f"{'; '.join(counts) or 'nothing'} (in {store.folder()})"
-    for complaint in complaints:
+    for complaint in (*tables.COMPLAINTS, *complaints):
         yield "  passed over", complaint
     chosen = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(VARIABLES))
     yield "variables", " ".join(chosen) or "none of interest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from .box import why_not_boxes
 from .problem import ConvProblem
 from .target import Target
+
+FORMS = ("rows", "box", "walk")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class GemmConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> GemmConfig:
+        """What :meth:`to_dict` wrote. ValueError or TypeError where it is no configuration that a kernel could have."""
+        config = cls(**raw)
+        powers = (config.block_m, config.block_n, config.block_k, config.num_warps)
+        counts = (*powers, config.num_stages, config.split, config.row_taps, config.maxnreg or 1)
+        flags = (config.transposed, config.prefetch)
+        if not all(type(count) is int and count > 0 for count in counts) or any(size & (size - 1) for size in powers):
+            raise ValueError(f"no tile has these sizes: {dict(raw)}")
+        if not all(type(flag) is bool for flag in flags) or config.form not in FORMS:
+            raise ValueError(f"no tile is of this form: {dict(raw)}")
+        return config
 
 
 @dataclass(frozen=True)

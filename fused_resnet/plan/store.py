@@ -42,6 +42,10 @@ class Identity:
     fused_resnet: str = OURS
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.gpu, self.torch, self.triton, self.fused_resnet
+
+    @property
     def stem(self) -> str:
         """As the beginning of a file's name."""
         gpu = "-".join(re.findall(r"[a-z0-9]+", self.gpu.lower()))
@@ -71,19 +75,22 @@ class Remembered:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Remembered:
-        """ValueError, TypeError, KeyError or AttributeError where it is not such a document, in whatever detail."""
+        """One of ``tables.DAMAGED`` where it is not such a document, in whatever detail."""
         if document["version"] != tables.VERSION:
             raise ValueError(f"a table of version {document['version']}, not {tables.VERSION}")
         tables.parse(document)
         tables.parse_routes(document)
-        return cls(Identity(**document["identity"]), dict(document["entries"]), dict(document["routes"]))
+        identity = Identity(**document["identity"])
+        if type(identity.capability) is not int or not all(type(name) is str for name in identity.names):
+            raise ValueError(f"measured on {document['identity']}")
+        return cls(identity, dict(document["entries"]), dict(document["routes"]))
 
 
 def folder() -> Path:
     """Where measurements lie: the environment's ``FUSED_RESNET_CACHE_DIR``, or ``fused_resnet`` in the user's cache."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
-        return Path(chosen).expanduser().absolute() / "tuned"
+        return Path(os.path.expanduser(chosen)).absolute() / "tuned"  # of an unknown user, a folder of that very name
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as the XDG specification has it
         base = os.path.join(os.path.expanduser("~"), ".cache")
@@ -101,7 +108,7 @@ def read(place: Path | None = None) -> tuple[list[Remembered], list[str]]:
             table = Remembered.from_dict(json.loads(path.read_text()))
         except OSError as error:
             complaints.append(f"{path.name} cannot be read ({error.strerror})")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except tables.DAMAGED as error:
             complaints.append(f"{path.name} is damaged ({type(error).__name__}: {str(error)[:80]})")
         else:
             if path.name.startswith(f"{table.identity.stem}.run"):
@@ -128,10 +135,11 @@ def load() -> None:
         for table in found:
             tables.install(table.identity.gpu, table.identity.capability, table.to_dict())
         _loaded.set()
-    if complaints:
+    passed_over = [*tables.COMPLAINTS, *([f"{'; '.join(complaints)}, in {folder()}"] if complaints else [])]
+    if passed_over:
         warnings.warn(
-            f"fused_resnet passes over {'; '.join(complaints)}, in {folder()}. Plans follow the other tables there, "
-            "the shipped tables and the cost model; fused_resnet.warmup(..., tune=True) measures again",
+            f"fused_resnet passes over {'; '.join(passed_over)}. Plans follow what other tables there are, "
+            "and the cost model; fused_resnet.warmup(..., tune=True) measures again",
             stacklevel=3,
         )
 

@@ -14,11 +14,12 @@ Those of this machine come from ``store`` by way of its ``load``, which modules 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .config import GemmConfig
 from .plans import ChainProblem
@@ -142,25 +143,37 @@ def gpu_slug(name: str) -> str:
     return next((gpu for gpu in _KNOWN_GPUS if gpu in words), "-".join(words))
 
 
+DAMAGED: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading and parsing raise where a file does not hold a table."""
+
+
+def _number(value: Any, least: float = 0.0) -> Any:
+    """A time as it stands, or None. ValueError for anything else."""
+    if value is None or (type(value) in (int, float) and least <= value < math.inf):
+        return value
+    raise ValueError(f"not a time: {value!r}")
+
+
+def _entry(raw: Mapping[str, Any]) -> Entry:
+    return Entry(
+        ours=GemmConfig.from_dict(raw["config"]) if raw.get("config") else None,
+        us=_number(raw.get("us")),
+        vendor_us=_number(raw.get("vendor_us")),
+        passes_us=_number(raw.get("passes_us")) or 0.0,
+        floor_us=_number(raw.get("floor_us")),
+        source=str(raw.get("source", "")),
+        before_us=_number(raw.get("before_us"), -math.inf),
+    )
+
+
 def parse(document: Mapping[str, Any]) -> Table:
-    """A table from its JSON form. One of another version is empty: its choices may mean something else now."""
+    """A table from its JSON form; one of :data:`DAMAGED` where it is none.
+
+    One of another version is empty: its choices may mean something else now.
+    """
     if document.get("version") != VERSION:
         return {}
-    return {
-        key: {
-            name: Entry(
-                ours=GemmConfig(**raw["config"]) if raw.get("config") else None,
-                us=raw.get("us"),
-                vendor_us=raw.get("vendor_us"),
-                passes_us=raw.get("passes_us") or 0.0,
-                floor_us=raw.get("floor_us"),
-                source=raw.get("source", ""),
-                before_us=raw.get("before_us"),
-            )
-            for name, raw in passes.items()
-        }
-        for key, passes in document["entries"].items()
-    }
+    return {key: {name: _entry(raw) for name, raw in passes.items()} for key, passes in document["entries"].items()}
 
 
 def parse_routes(document: Mapping[str, Any]) -> Routes:
@@ -168,18 +181,38 @@ def parse_routes(document: Mapping[str, Any]) -> Routes:
     if document.get("version") != VERSION:
         return {}
     return {
-        key: RouteTimes({str(route): float(us) for route, us in raw["us"].items()}, raw.get("source", ""))
+        key: RouteTimes({str(route): float(_number(us)) for route, us in raw["us"].items()}, str(raw.get("source", "")))
         for key, raw in document.get("routes", {}).items()
     }
 
 
-def _shipped(folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+class Shipped(NamedTuple):
+    """The tables of a folder, by GPU, and in words what of it was passed over."""
+
+    tables: Mapping[str, Table]
+    routes: Mapping[str, Routes]
+    complaints: tuple[str, ...]
 
 
-_documents = _shipped(Path(__file__).parent / "tuned")
-TABLES: Final[Mapping[str, Table]] = {gpu: parse(document) for gpu, document in _documents.items()}
-ROUTES: Final[Mapping[str, Routes]] = {gpu: parse_routes(document) for gpu, document in _documents.items()}
+def shipped(folder: Path) -> Shipped:
+    tables, routes, complaints = {}, {}, []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+            tables[path.stem], routes[path.stem] = parse(document), parse_routes(document)
+        except OSError as error:
+            complaints.append(f"{path} cannot be read ({error.strerror})")
+        except DAMAGED as error:
+            complaints.append(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]})")
+            tables.pop(path.stem, None)
+    return Shipped(tables, routes, tuple(complaints))
+
+
+_shipped: Final = shipped(Path(__file__).parent / "tuned")
+TABLES: Final = _shipped.tables
+ROUTES: Final = _shipped.routes
+COMPLAINTS: Final = _shipped.complaints
+"""What was wrong with a shipped file: ``store`` says it, with its own."""
 
 _here: dict[tuple[str, int], tuple[Table, Routes]] = {}
 """Of this machine, by a GPU's name and compute capability: on top of what ships. Filled by :func:`install` alone."""
@@ -259,7 +292,7 @@ def _nearest_batch(table: Table, problem: ConvProblem, key: str) -> Mapping[str,
     best_ratio = 4.0
     for other, passes in table.items():
         batch, _, other_tail = other.partition("-")
-        if other_tail == tail:
+        if other_tail == tail and batch[1:].isdecimal():
             measured = int(batch[1:])
             ratio = max(measured, problem.N) / max(1, min(measured, problem.N))
             if ratio <= best_ratio:

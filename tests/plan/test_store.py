@@ -116,23 +116,46 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(b"\xff\xfe\x00")
     elif how == "empty":
         path.write_text("")
+    elif how == "a deep one":
+        path.write_text("[" * 200_000)
     else:
+        found = document["entries"][name]["fprop+in+out"]
         if how == "a list":
             document = [document]
         elif how == "no entries":
             del document["entries"]
         elif how == "an unknown field":
-            document["entries"][name]["fprop+in+out"]["config"]["block_q"] = 3
+            found["config"]["block_q"] = 3
+        elif how in TILES:
+            found["config"] |= TILES[how]
+        elif how in TIMES:
+            found["us"] = TIMES[how]
+        elif how == "a route's time in words":
+            document["routes"][tables.chain_key(CHAIN)]["us"]["gram"] = "fast"
         elif how == "a later format":
             document["version"] += 1
         elif how == "a foreign GPU":
             document["identity"]["gpu"] = "NVIDIA A100"
+        elif how == "a GPU by number":
+            document["identity"]["gpu"] = 5
         elif how == "foreign versions":
             document["identity"]["torch"] = "1.0"
         path.write_text(json.dumps(document))
 
 
-SPOILT = ("cut off", "not text", "empty", "a list", "no entries", "an unknown field", "a later format")
+TILES: dict[str, dict[str, Any]] = {
+    "a tile in words": {"block_m": "64"},
+    "a tile of halves": {"block_m": 64.0},
+    "a tile of none": {"block_k": None},
+    "a tile of three warps": {"num_warps": 3},
+    "a tile of less than nothing": {"block_n": -64},
+    "no part": {"split": 0},
+    "an unknown form": {"form": "spiral"},
+    "a flag in words": {"transposed": "yes"},
+}
+TIMES: dict[str, Any] = {"a time in words": "fast", "no number": float("nan"), "a list of times": [1.0]}
+SPOILT = ("cut off", "not text", "empty", "a deep one", "a list", "no entries", "an unknown field", "a later format",
+          "a GPU by number", "a route's time in words", *TILES, *TIMES)  # fmt: skip
 FOREIGN = ("a foreign GPU", "foreign versions")
 
 
@@ -149,6 +172,31 @@ def test_a_damaged_or_foreign_file_is_passed_over_with_one_warning(place: Path, 
         store.load()
     assert planner.plan_chain(CHAIN, HERE).reason.startswith("measured: gram 3 us")
     assert "passed over" in environment()
+
+
+@pytest.mark.parametrize("how", ["cut off", "a deep one", "a list", "no entries", *TILES, *TIMES])
+def test_a_damaged_table_that_ships_is_passed_over_with_one_warning(
+    place: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is imported, other tables are followed, and modules say so as they are made."""
+    path = store.write(remembered(staged=1.0), store.new_run())
+    path.with_name("h200.json").write_text(path.read_text())
+    spoil(path, how)
+    path.rename(path.with_name("h100.json"))
+    found = tables.shipped(place)
+    assert set(found.tables) == set(found.routes) == {"h200"} and len(found.complaints) == 1
+    for damaged in place.iterdir():
+        damaged.unlink()
+    monkeypatch.setattr(tables, "COMPLAINTS", found.complaints)
+    with pytest.warns(UserWarning, match="passes over .*h100.json is damaged") as said:
+        store.load()
+    assert len(said) == 1 and "passed over" in environment()
+
+
+def test_the_folder_of_an_unknown_user_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.VARIABLE, "~nobody-has-this-name/here")
+    assert store.folder().parts[-3:] == ("~nobody-has-this-name", "here", "tuned")
+    store.load()
 
 
 def test_an_unreadable_folder_is_no_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,12 @@ def test_the_nearest_batch_within_a_factor_of_four() -> None:
     assert tables.lookup(replace(PROBLEM, Ci=128), "fprop", "h100", measured) is None
 
 
+def test_an_odd_key_is_nobody_s_neighbour() -> None:
+    key = tables.problem_key(PROBLEM).replace("N256-", "Nmany-")
+    odd = {"h100": tables.parse({"version": tables.VERSION, "entries": {key: {"fprop": entry()}}})}
+    assert tables.lookup(PROBLEM, "fprop", "h100", odd) is None
+
+
 def test_what_names_a_problem() -> None:
     assert tables.problem_key(PROBLEM) == tables.problem_key(replace(PROBLEM, dtype="float16"))
     sizes: list[dict[str, Any]] = [{name: 5} for name in ("N", "H", "W", "Ci", "Co", "R", "S", "groups")]

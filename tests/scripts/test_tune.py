@@ -181,6 +181,29 @@ def test_what_was_measured_at_no_known_commit_is_not_shipped(tmp_path: Path) -> 
 
 
 @quick
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"version": 1}', '{"version": 1, "entries": {"a": {"fprop": 3}}}']
+)
+def test_what_is_no_table_is_not_shipped(content: str | None, tmp_path: Path) -> None:
+    source = tmp_path / "tuned.json"
+    if content is not None:
+        source.write_text(content)
+    with pytest.raises(SystemExit, match=r"tuned.json (holds no table|cannot be read) ") as refused:
+        ship.main(["--ship", str(source)])
+    assert "\n" not in str(refused.value)
+
+
+@quick
+def test_shipping_over_a_damaged_table_makes_a_new_one(tmp_path: Path) -> None:
+    entry = {"config": None, "us": None, "vendor_us": 5.0, "passes_us": 0.0, "floor_us": 4.0, "source": "a test"}
+    document = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {"commit": "abc"}}
+    (tmp_path / "tuned.json").write_text(json.dumps({**document, "entries": {"one": {"fprop": entry}}}))
+    (tmp_path / "h100.json").write_text(json.dumps({**document, "entries": {"two": {"fprop": 3}}}))
+    written = json.loads(ship.ship(tmp_path / "tuned.json", tmp_path).read_text())
+    assert set(tables.parse(written)) == {"one"}
+
+
+@quick
 def test_no_shipped_reason_has_an_empty_field() -> None:
     entries = [entry for table in tables.TABLES.values() for passes in table.values() for entry in passes.values()]
     sources = [entry.source for entry in entries]
