@@ -152,7 +152,8 @@ class _Writer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        if func.namespace in _UNWRITABLE:
+        reads_data = not isinstance(results, (Tensor, tuple, list))  # and gives a number, which may be another one
+        if reads_data or func.namespace in _UNWRITABLE:
             self.lines = None
         elif func in _MEMORY:
             size, stride = tuple(results.shape), results.stride()

@@ -205,6 +205,19 @@ def test_a_tensor_from_elsewhere_is_never_replayed() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "body", [lambda a: (a * a.sum().item(),), lambda a: (a + 1,) if torch.equal(a, a.abs()) else (a,)]
+)
+def test_what_reads_data_is_never_replayed(body: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    counted = Counted(body)
+    call = replaying(counted)
+    for value in (1.0, 2.0, 3.0, -1.0):
+        a = torch.tensor([value, 2.0])
+        assert torch.equal(call(a)[0], body(a)[0])
+    assert counted.count == 4
+
+
+@pytest.mark.quick
 def test_memory_is_freed_where_it_was_read_last() -> None:
     alive: list[int] = []
     made: list[Any] = []
