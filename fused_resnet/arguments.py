@@ -115,6 +115,10 @@ def check_layers(layers: Sequence[Layer], count: int) -> None:
 
 
 def check_image(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor, got a {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"expected a dense tensor, got a {x.layout} one")
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     if not x.is_floating_point():

@@ -48,6 +48,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor, got a {type(x).__name__}")
     if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -179,6 +179,7 @@ def stem(
     route: str | None = None,
 ) -> Tensor:
     """``max_pool(relu(bn(conv(x))))``, 3x3, stride 2, padding 1: [N, Ci, H, W] to [N, Co, ceil(P / 2), ceil(Q / 2)]."""
+    check_image(x)
     conv = Conv(weight, pair("stride", stride), pair("padding", padding))
     dtype = compute_dtype(x)
     shape = check_layer(x.shape, dtype, x.device, conv, bn, "conv")

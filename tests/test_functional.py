@@ -62,6 +62,9 @@ BAD_CONVS: dict[str, tuple[Edit, str]] = {
     "rank": (lambda a: a.update(x=a["x"][0]), "expected 4D input"),
     "rank 2": (lambda a: a.update(x=torch.zeros(2, 3)), "expected 4D input"),
     "integer": (lambda a: a.update(x=a["x"].long()), "int64"),
+    "array": (lambda a: a.update(x=a["x"].numpy()), "expected a tensor, got a ndarray"),
+    "nothing": (lambda a: a.update(x=None), "expected a tensor, got a NoneType"),
+    "sparse": (lambda a: a.update(x=a["x"].to_sparse()), "expected a dense tensor, got a torch.sparse_coo one"),
     "channels": (lambda a: a.update(x=a["x"][:, :3]), "input channels"),
     "dtype": (lambda a: a.update(x=a["x"].float()), "float32.*float64"),
     "device": (lambda a: a.update(x=a["x"].to("meta")), "on meta"),
@@ -123,6 +126,12 @@ def test_stem_refuses(name: str) -> None:
 def test_bn_add_relu_refuses(name: str) -> None:
     known = {**BAD_NORMS, **{f"residual {n}": v for n, v in BAD_RESIDUALS.items()}}
     refuses(bn_add_relu, batch_norm_of(norm(6)), *known[name], {"y": image(2, 6, 5, 4)})
+
+
+@quick
+@pytest.mark.parametrize("y", [[[1.0]], image(2, 6, 5, 4).to_sparse()], ids=["list", "sparse"])
+def test_bn_add_relu_takes_dense_tensors(y: object) -> None:
+    refuses(bn_add_relu, batch_norm_of(norm(6)), lambda a: a.update(y=y), "expected a (dense )?tensor", {})
 
 
 @quick
