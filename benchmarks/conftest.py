@@ -21,6 +21,12 @@ def gpu() -> measured.Machine:
     return measured.machine()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("the benchmarks are pytest-benchmark's, which is not installed here or switched off")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """pytest-benchmark's hook: the GPU and the versions, beside the host's."""
     machine_info["fused_resnet"] = Device().facts() if torch.cuda.is_available() else versions()

@@ -83,29 +83,42 @@ def updated(readme: str, found: list[Step]) -> str:
 # ---------------------------------------------------------------- claims
 
 
-_NUMBER = r"(?<![\w.,-])(?P<number>\d+(?:,\d{3})*(?:\.\d+)?)"
+_NUMBER = r"(?<![\w.,'])(?<![A-Za-z]-)(?P<number>\d+(?:[,_']\d{3})*(?:\.\d+)?(?:e\d+)?)"
+_PER = r"\s*(?:/|per|a|every)\s*s(?:ec(?:ond)?)?\b"
 _UNITS = {
-    "rate": r"\s?k?\s*(?:img|images?)\s*(?:/\s*s|per second)",
-    "ratio": r"\s*(?:×|x|times)(?![\w×])(?!\s*\d)",
-    "percent": r"\s*%",
-    "us": r"\s*(?:us|µs|μs|microseconds)\b",
-    "ms": r"\s*(?:ms|milliseconds)\b",
-    "memory": r"\s*(?:GiB|GB|MiB|MB)\b(?!/s)",
-    "TB/s": r"\s*TB/s",
-    "TFLOP/s": r"\s*TFLOP/?s",
+    "rate": rf"\s?k?\s*(?:(?:im|imgs?|images?|samples?|frames?){_PER}|/\s*s\b|[if]ps\b)",
+    "ratio": r"(?:\s*(?:×|x|times|&times;)(?![\w×])(?!\s*\d)|[\s-]?fold\b)",
+    "percent": r"\s*(?:%|per\s?cent\b)",
+    "ns": r"\s*(?:ns|nanoseconds?)\b",
+    "us": r"\s*(?:us|µs|μs|microseconds?)\b",
+    "ms": r"\s*(?:ms|milliseconds?)\b",
+    "seconds": r"\s*(?:s|sec|seconds?|min|minutes?|h|hours?)\b",
+    "memory": r"\s*(?:GiB|GB|MiB|MB|gigabytes?|megabytes?)\b(?!\s*(?:/|per))",
+    "bandwidth": rf"\s*[GT]i?B{_PER}",
+    "matrix": rf"\s*[GTP]FLOP(?:S\b|s\b|{_PER})",
     "large": r"(?=,|[^\d])",
 }
 """A figure of performance: a number and its unit. ``large`` is a number of thousands without one: a rate."""
-_CLAIM = re.compile(_NUMBER + "(?:" + "|".join(f"(?P<{_name}>{_unit})" for _name, _unit in (
-    (name.replace("/", ""), unit) for name, unit in _UNITS.items())) + ")")  # fmt: skip
+_CLAIM = re.compile(_NUMBER + "(?:" + "|".join(f"(?P<{name}>{unit})" for name, unit in _UNITS.items()) + ")")
+_FACTOR = re.compile(r"\b(?:[Ff]actors?(?:\s+of)?|[Ss]peed-?ups?\s+of)\s+(?P<number>\d+(?:\.\d+)?)(?!\d*\s*[×x%])")
+_TIMES = "twice|thrice|half|(?:two|three|four|five|six|seven|eight|nine|ten) times"
+_WORDS = re.compile(
+    rf"\b(?:(?:{_TIMES})\s+(?:as\s+(?:fast|quick)|faster|quicker|the\s+(?:speed|throughput|rate|time|memory))|"
+    r"(?:doubl|tripl|halv|quarter)(?:es?|ed|ing|s)\s+the\s+(?:speed|throughput|rate|time|memory))",
+    re.IGNORECASE,
+)
+"""A figure in words, which no record can hold: it is to be said in digits."""
+_EMPHASIS = re.compile(r"\*\*|[`]")
 
 _BOARD = re.compile(r"(\d+)GB")
 """The memory that a board is named after."""
 
 
 def claims(text: str) -> list[tuple[str, str]]:
-    """The figures of performance in a text: (number with its unit, kind)."""
-    found = []
+    """The figures of performance in a text, whatever emphasises them: (number with its unit, kind)."""
+    text = _EMPHASIS.sub("", text)
+    found = [(match[0], "words") for match in _WORDS.finditer(text)]
+    found += [(match["number"], "ratio") for match in _FACTOR.finditer(text)]
     for match in _CLAIM.finditer(text):
         kind = match.lastgroup or ""
         if kind != "large" or "," in match["number"]:
@@ -131,18 +144,22 @@ def unheld(text: str, folder: Path = records.FOLDER) -> list[str]:
         "large": beside,
         "ratio": ratios,
         "percent": [part for r in ratios for part in (100 * r, 100 * abs(r - 1), 100 * abs(1 - 1 / r))],
+        "words": [],
+        "ns": [step.us * 1e3 for step in steps],
         "us": [step.us for step in steps],
         "ms": [step.us / 1e3 for step in steps],
+        "seconds": [step.us / 1e6 for step in steps],
         "memory": [size / unit for size in memory for unit in (2**30, 1e9)],
-        "TBs": [rate["bytes_per_s"] / 1e12 for rate in rates],
-        "TFLOPs": [rate["flops_per_s"] / 1e12 for rate in rates],
+        "bandwidth": [rate["bytes_per_s"] / unit for rate in rates for unit in (1e12, 1e9)],
+        "matrix": [rate["flops_per_s"] / unit for rate in rates for unit in (1e12, 1e9, 1e15)],
     }
     return [claim for claim, kind in claims(text) if not _is_held(claim, held[kind])]
 
 
 def _is_held(claim: str, values: list[float]) -> bool:
-    number = re.match(r"[\d,.]+", claim)
-    assert number is not None
-    digits = number[0].replace(",", "").rstrip(".")
-    decimals = len(digits.partition(".")[2])
+    number = re.match(r"[\d,_'.]+(?:e\d+)?", claim)
+    if number is None:
+        return False
+    digits = re.sub("[,_']", "", number[0]).rstrip(".")
+    decimals = len(digits.partition("e")[0].partition(".")[2])
     return any(round(value, decimals) == float(digits) for value in values)

@@ -284,3 +284,30 @@ def test_the_host_s_run_and_the_gpu_s_skip_with_a_reason(tmp_path: Path) -> None
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine_info"]["fused_resnet"]["torch"] == torch.__version__
     assert {"bytes", "flops"} <= set(next(b for b in found["benchmarks"] if "launcher" in b["name"])["extra_info"])
+
+
+def test_without_pytest_benchmark_one_sentence_says_so() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.stderr.strip().splitlines()
+    assert line == "ERROR: the benchmarks are pytest-benchmark's, which is not installed here or switched off"
+
+
+def test_a_regression_fails(tmp_path: Path) -> None:
+    """Against a run that seems to have taken a tenth."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_plan.py", "--benchmark-only", "-q", "-k", "plan_conv"]
+    command += ["--benchmark-max-time=0.05", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    saved = tmp_path / "saved.json"
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert run(f"--benchmark-json={saved}").returncode == 0
+    document = json.loads(saved.read_text())
+    for one in document["benchmarks"]:
+        one["stats"]["median"] /= 10
+    saved.write_text(json.dumps(document))
+    again = run(f"--benchmark-compare={saved}", "--benchmark-compare-fail=median:100%")
+    assert again.returncode != 0 and "Performance has regressed" in again.stdout + again.stderr

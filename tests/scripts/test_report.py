@@ -54,13 +54,37 @@ class TestClaims:
             ("71 % of the time", "71 %"),
             ("copies at 3.9 TB/s", "3.9 TB/s"),
             ("products at 650 TFLOP/s", "650 TFLOP/s"),
+            ("9999 images a second", "9999 images a second"),
+            ("9999 imgs/s", "9999 imgs/s"),
+            ("9_999 samples per second", "9_999 samples per second"),
+            ("1e5 images/sec", "1e5 images/sec"),
+            ("about 9999/s", "9999/s"),
+            ("9999 fps", "9999 fps"),
+            ("3.2-fold", "3.2-fold"),
+            ("by a factor of 3.2", "3.2"),
+            ("a speed-up of 3.2 over eager", "3.2"),
+            ("**3.2**×", "3.2×"),
+            ("`3.2`x", "3.2x"),
+            ("1.7-3.2x", "3.2x"),
+            ("-71 %", "71 %"),
+            ("71 percent", "71 percent"),
+            ("12 ns", "12 ns"),
+            ("0.5 s a step", "0.5 s"),
+            ("in 15 minutes", "15 minutes"),
+            ("41 gigabytes", "41 gigabytes"),
+            ("5500 GB/s", "5500 GB/s"),
+            ("1.5 PFLOP/s", "1.5 PFLOP/s"),
+            ("Twice as fast as eager", "Twice as fast"),
+            ("takes half the memory", "half the memory"),
+            ("it doubles the throughput", "doubles the throughput"),
         ],
     )
     def test_what_was_not_measured_is_refused(self, text: str, claim: str) -> None:
         assert figures.unheld(text) == [claim]
 
     @pytest.mark.parametrize("text", ["1×1 and 3x3", "7×7/2", "sm_90", "PyTorch 2.11", "batch 256", "ResNet-50", "224²",
-                                      "four times narrower", "Python 3.10", "2026-11-23"])  # fmt: skip
+                                      "four times narrower", "Python 3.10", "2026-11-23", "(256, 3, 224, 224)",
+                                      "a factor 2x2", "half the channels", "bfloat16 s"])  # fmt: skip
     def test_what_claims_no_speed_is_let_through(self, text: str) -> None:
         assert figures.claims(text) == []
 
