@@ -125,7 +125,7 @@ class DryDevice(Device):
         pass
 
     def facts(self) -> dict[str, Any]:
-        return {"gpu": "dry run on the CPU", "capability": "0.0", **versions()}
+        return {"gpu": "dry run on the CPU", "capability": "0.0", "dry": True, **versions()}
 
 
 def commit() -> str:

@@ -9,7 +9,6 @@ Then the regret of the rules for the passes over memory.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -22,14 +21,14 @@ import numpy as np
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.defaults import choices
 from fused_resnet.plan.estimate import RATES, Rates, Terms, terms, together_us
-from fused_resnet.plan.target import Target, preset
+from fused_resnet.plan.tables import gpu_slug
+from fused_resnet.plan.target import PRESETS, Target
 
-from . import fit_passes, problems
+from . import fit_passes, problems, records
 from .cases import ConvCase
 from .configs import parsed
 from .roles import cases
 
-RECORDS = Path(__file__).parent / "records"
 FOLDS = 5
 
 
@@ -68,16 +67,18 @@ class Judgement(NamedTuple):
     off: float
 
 
-def measured(folder: Path = RECORDS) -> list[Measured]:
+def measured(folder: Path = records.FOLDER) -> list[Measured]:
     """Every recorded pass with several candidates, the stem's apart, whose kernel is another."""
     known: dict[str, ConvCase] = {}
     for depth in (50, 18):
         for layer in problems.layers(depth):
             known |= {case.name: case for case in cases(layer) if not case.problem.is_stem}
     found = []
-    for path in sorted(folder.glob("*/tuned.json")):
-        document = json.loads(path.read_text())
-        target = preset(next(name for name in ("h100", "h200", "a100") if name in document["gpu"].lower()))
+    presets = {target.name: target for target in PRESETS}
+    for _, document in records.documents(folder, "tuned.json"):
+        target = presets.get(gpu_slug(document["gpu"]))
+        if target is None:  # nothing says what it could do
+            continue
         for name, result in document["results"].items():
             if name in known and len(result.get("heats_us", {})) > 1:
                 times = {parsed(text, GemmConfig): us for text, us in result["heats_us"].items()}

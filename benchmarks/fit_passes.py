@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,9 @@ from typing import NamedTuple
 from fused_resnet.plan.config import PassConfig
 from fused_resnet.plan.passes import group_config, merge_config, reduce_config
 
-from . import passes
+from . import passes, records
 from .configs import parsed
 
-RECORDS = Path(__file__).parent / "records"
 BATCH = 256
 TENSORS = {"": 1, ", with finalize": 1, " relu(y)": 3, " out": 4}
 """How many tensors pass through, by what a record says of the pass; statistics read one. That of the mask "out", which
@@ -61,14 +59,14 @@ def _of_statistics(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[
                 yield MeasuredPass(found[1] + more, name, times, label(config))
 
 
-def measured_passes(folder: Path = RECORDS) -> list[MeasuredPass]:
+def measured_passes(folder: Path = records.FOLDER) -> list[MeasuredPass]:
     """All of them, beside today's rules."""
     found: list[MeasuredPass] = []
-    for path in sorted(folder.glob("*/statistics.json")):
-        found += _of_statistics(json.loads(path.read_text())["results"])
+    for _, document in records.documents(folder, "statistics.json"):
+        found += _of_statistics(document["results"])
     known = {case.name: case for case in passes.cases(dry=False, batch=BATCH)}
-    for path in sorted(folder.glob("*/tuned.json")):
-        for name, result in json.loads(path.read_text())["results"].items():
+    for _, document in records.documents(folder, "tuned.json"):
+        for name, result in document["results"].items():
             if name in known and len(result.get("heats_us", {})) > 1:
                 times = {label(parsed(text, PassConfig)): us for text, us in result["heats_us"].items()}
                 found.append(MeasuredPass(known[name].kind, name, times, label(known[name].config())))
@@ -79,7 +77,7 @@ def mean_regret(found: Sequence[MeasuredPass]) -> float:
     return statistics.geometric_mean(one.regret for one in found if one.regret is not None)
 
 
-def report(folder: Path = RECORDS) -> None:
+def report(folder: Path = records.FOLDER) -> None:
     """What ``python -m benchmarks.fit`` says of them."""
     everything = measured_passes(folder)
     kinds = dict.fromkeys(one.kind for one in everything)

@@ -293,11 +293,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{name}] up to {seconds:.0f} s", flush=True)
         run_stage(name, options.out, seconds, dry=options.dry, limit=options.limit)
         print(f"[{name}] {time.time() - start:.0f} s", flush=True)
-    summarise(options.out, chosen)
+    summarise(options.out, chosen, dry=options.dry)
     return 0
 
 
-def summarise(out: Path, stages: Iterable[str]) -> None:
+def summarise(out: Path, stages: Iterable[str], *, dry: bool = False) -> None:
     """The last lines: what is wrong, what each whole step reached, what was left out."""
     wrong, left, steps = [], [], []
     for name in STAGES:
@@ -315,7 +315,12 @@ def summarise(out: Path, stages: Iterable[str]) -> None:
             rates = {who: c["images_per_s"] for who, c in r.get("candidates", {}).items() if "images_per_s" in c}
             if rates:
                 steps.append(f"{item}: {', '.join(f'{who} {rate:,.0f}' for who, rate in rates.items())}")
-    print("== images/s\n" + ("\n".join(steps) or "no step was timed"))
+    print(
+        "== images/s"
+        + ", of a rehearsal, which measures nothing" * dry
+        + "\n"
+        + ("\n".join(steps) or "no step was timed")
+    )
     print("== wrong or failed\n" + ("\n".join(wrong) or "nothing"))
     print(f"== left out\n{', '.join(left) or 'nothing'}")
     print(f"scripts/report {out} prints the tables; the same command goes on where it was", flush=True)

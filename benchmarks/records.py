@@ -53,11 +53,27 @@ class Kernel:
 
 
 def documents(folder: Path = FOLDER, pattern: str = "*.json") -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every JSON of every record, in the order of their names."""
+    """Every JSON of every record, in the order of their names, but for what is none (:func:`passed_over`)."""
     for path in sorted(folder.glob(f"*/{pattern}")):
         document = harness.read(path)
-        if document is not None:
+        if document is not None and not why_not(document):
             yield path, document
+
+
+def why_not(document: dict[str, Any] | None) -> str:
+    """Why a file is no record, or ""."""
+    if document is None:
+        return "is damaged"
+    for name, kind in (("results", dict), ("facts", dict), ("benchmarks", list), ("rows", list)):
+        if not isinstance(document.get(name, kind()), kind):
+            return f"is damaged: its {name} are none"
+    return "is a rehearsal's, which measures nothing" if document.get("facts", {}).get("dry") else ""
+
+
+def passed_over(folder: Path = FOLDER) -> list[str]:
+    """The files of ``folder`` that are no records, and why."""
+    files = {path: why_not(harness.read(path)) for path in sorted(folder.glob("*/*.json"))}
+    return [f"{path} {reason}" for path, reason in files.items() if reason]
 
 
 def _facts(document: dict[str, Any]) -> tuple[str, str, str]:

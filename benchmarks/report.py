@@ -107,7 +107,9 @@ SECTIONS = {
 def report(folder: Path) -> str:
     """All that is in the folder."""
     found = {stage: harness.read(harness.path_of(folder, stage)) for stage in (*harness.STAGES, *OTHER)}
-    results = {stage: document for stage, document in found.items() if document}
+    results = {
+        stage: document for stage, document in found.items() if document and isinstance(document.get("results"), dict)
+    }
     if not results:
         raise SystemExit(f"no results in {folder}")
     parts = [environment(results)]
@@ -157,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         changed = everything(options.records, options.root, pictures=not options.no_pictures)
     except ImportError:
         parser.error("pictures need matplotlib (the extra 'train' has it); --no-pictures makes the tables alone")
+    for reason in records.passed_over(options.records):
+        print(f"passed over: {reason}")
     print("\n".join(f"wrote {path}" for path in changed) or "README.md and docs/measured.md are what the records make")
     held = figures.unheld((options.root / "README.md").read_text(), options.records)
     if held:

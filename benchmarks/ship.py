@@ -35,6 +35,8 @@ def ship(source: Path, folder: Path = TUNED) -> Path:
         raise SystemExit(f"{source} cannot be read ({error.strerror})") from None
     except DAMAGED as error:
         raise SystemExit(f"{source} holds no table ({type(error).__name__}: {str(error)[:80]})") from None
+    if document["facts"].get("dry"):
+        raise SystemExit(f"{source} is a rehearsal's, which measures nothing")
     if not measured_at:
         raise SystemExit(f"{source} does not say at which commit it was measured; measure again")
     table = shipped(document)

@@ -47,7 +47,7 @@ def test_every_stage_runs_dry(limit: int, tmp_path: Path) -> None:
     begun = [run.stdout.index(f"[{stage}] up to") for stage in stages]
     assert begun == sorted(begun)
     assert "== wrong or failed\nnothing\n== left out\nnothing" in run.stdout
-    assert ("images/s\nresnet50: eager" in run.stdout) == (limit == 1)
+    assert ("== images/s, of a rehearsal, which measures nothing\nresnet50: eager" in run.stdout) == (limit == 1)
 
 
 def context(out: Path, stage: str, device: DryDevice | None = None) -> harness.Context:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures, harness, page, plots, records, report
-from benchmarks.device import ROOT
+from benchmarks import figures, fit, fit_passes, harness, page, plots, records, report
+from benchmarks.device import ROOT, DryDevice
 
 README = ROOT / "README.md"
 FACTS = {"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-01-02", "commit": "abc"}
@@ -113,6 +113,26 @@ class TestWhatIsMade:
         table = figures.table(records.steps(tmp_path))
         assert "| H100 | ResNet-50, 256 | 5,000 (1.0 GiB) |" in table and "**10,000** (1.0 GiB)" in table
         assert "4,000" not in table and "99,999" not in table and figures.NOT_YET in table
+
+    def test_a_rehearsal_and_a_damaged_file_are_no_records(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        results = {"resnet50": {"batch": 256, "candidates": {"eager": step(9_999.0)}}}
+        folder = record(tmp_path / "records" / "dry", "step.json", results=results, facts=DryDevice().facts())
+        record(folder / "odd", "step.json", results=3)
+        (folder / "odd" / "kernels.json").write_text("{")
+        (folder / "odd" / "tuned.json").write_text("[]")
+        assert records.steps(folder) == [] and fit.measured(folder) == [] == fit_passes.measured_passes(folder)
+        (tmp_path / "README.md").write_text(f"{figures.BEGIN}\n{figures.END}\n")
+        arguments = ["--records", str(folder), "--root", str(tmp_path), "--no-pictures"]
+        assert report.main(arguments) == 0
+        said = capsys.readouterr().out
+        for file, reason in (("dry/step", " a rehearsal's"), ("odd/step", " damaged: its results"), ("odd/kernels", ""),
+                             ("odd/tuned", " damaged\n")):  # fmt: skip
+            assert f"{file}.json is{reason}" in said
+        assert "9,999" not in (tmp_path / "README.md").read_text()
+        with pytest.raises(SystemExit, match="no results in"):
+            report.report(folder / "odd")
 
     def test_the_suite_s_json_is_a_record_too(self, tmp_path: Path) -> None:
         info = {"gpu": FACTS["gpu"], "candidate": "ours", "images_per_s": 900.0, "device_us": 284e3, "speedup": 1.5}

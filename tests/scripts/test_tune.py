@@ -194,6 +194,16 @@ def test_what_is_no_table_is_not_shipped(content: str | None, tmp_path: Path) ->
 
 
 @quick
+def test_a_rehearsal_is_not_shipped(tmp_path: Path) -> None:
+    entry = {"config": None, "us": None, "vendor_us": 5.0, "passes_us": 0.0, "floor_us": 4.0, "source": "a test"}
+    facts = DryDevice().facts()
+    document = {"version": tables.VERSION, "gpu": facts["gpu"], "facts": facts, "entries": {"one": {"fprop": entry}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit, match="is a rehearsal's, which measures nothing"):
+        ship.ship(tmp_path / "tuned.json", tmp_path / "shipped")
+
+
+@quick
 def test_shipping_over_a_damaged_table_makes_a_new_one(tmp_path: Path) -> None:
     entry = {"config": None, "us": None, "vendor_us": 5.0, "passes_us": 0.0, "floor_us": 4.0, "source": "a test"}
     document = {"version": tables.VERSION, "gpu": "NVIDIA H100", "facts": {"commit": "abc"}}
