@@ -249,10 +249,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "gpu_check") -> int:
     """The command line of ``scripts/gpu_check``."""
     parser = argparse.ArgumentParser(
-        prog="gpu_check",
+        prog=prog,
         description="Everything worth knowing about this GPU in ten minutes: facts, baselines, every kernel's error, "
         "its time, whole steps, a profile. Results are written as they come; run again to go on.",
         epilog="Stages, in order of value: " + ", ".join(STAGES),
@@ -266,7 +266,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="rehearse on the CPU with tiny shapes; measures nothing")
     options = parser.parse_args(argv)
     chosen = [name.strip() for name in options.only.split(",") if name.strip()]
-    unknown = sorted(set(chosen) - set(STAGES))
+    try:
+        budgets = {
+            name: float(m) for name, _, m in (part.partition("=") for part in options.stage_minutes.split(",")) if m
+        }
+    except ValueError:
+        parser.error(f"--stage-minutes is a list like baselines=2,tune=5, not {options.stage_minutes}")
+    unknown = sorted((set(chosen) | set(budgets)) - set(STAGES))
     if unknown:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     import torch
@@ -276,8 +282,10 @@ def main(argv: list[str] | None = None) -> int:
     if not options.dry and not commit():
         parser.error("a record has to name the commit that was measured, and this is no git checkout: "
                      "name it by FUSED_RESNET_COMMIT=<commit>")  # fmt: skip
-    budgets = {name: float(m) for name, _, m in (part.partition("=") for part in options.stage_minutes.split(",")) if m}
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"no folder for results: {options.out} ({error.strerror})")
     until = time.time()
     end = until + options.minutes * 60
     for name in [stage for stage in STAGES if stage in chosen]:

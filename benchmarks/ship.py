@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     arguments = ["--only", "facts,tune", "--out", str(options.out), "--minutes", str(options.minutes)]
     arguments += ["--stage-minutes", f"tune={options.minutes}"] + ["--fresh"] * options.fresh + ["--dry"] * options.dry
-    status = harness.main(arguments)
+    status = harness.main(arguments, prog="tune")
     if status == 0 and not options.dry:
         print(f"wrote {ship(options.out / 'tuned.json')}")
     return status

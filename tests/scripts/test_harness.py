@@ -118,6 +118,24 @@ def test_a_python_without_pytorch_is_told_so_in_a_sentence(name: str) -> None:
     assert re.fullmatch(rf"scripts/{name}: this Python .* has no \w+; `scripts/setup bench` .*\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stage-minutes", "tune=soon"], "--stage-minutes is a list like baselines=2,tune=5, not tune=soon"),
+        (["--stage-minutes", "tuned=3"], "no stage tuned; there are facts, "),
+        (["--out", str(Path(__file__))], "no folder for results: "),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "run_stage", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(SystemExit):
+        harness.main(["--dry", *arguments], prog="tune")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"tune: error: {said}")
+
+
 def test_a_command_that_is_stopped_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise KeyboardInterrupt
