@@ -89,4 +89,4 @@ def report(folder: Path = records.FOLDER) -> None:
         print(f"{kind}, {len(known)} sizes: the rule's regret {mean_regret(known):.3f} (worst {worst:.2f}){left}")
     measured = {re.split("[ ,]", kind)[0] for kind in kinds}
     unknown = [kind for kind in passes.TILED if kind not in measured]
-    print(f"several tiles were never measured of: {', '.join(unknown)}; tensor descriptors' forms of a 3x3")
+    print(f"several tiles were never measured of: {', '.join(unknown) or 'none'}")

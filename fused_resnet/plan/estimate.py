@@ -8,7 +8,9 @@ waits, at its start and at every step of its reduction. The squares add up, sinc
 
 Memory, loads and products are in microseconds at the target's sustained rates; :data:`RATES` are how far from these
 the kernels stay. ``python -m benchmarks.fit`` fits them to the records of an H100, the only GPU with any: elsewhere
-they are scaled by the target's rates and processors, and were compared with nothing.
+they are scaled by the target's rates and processors, and were compared with nothing. Of the forms that read by tensor
+descriptors there is no record yet, and no estimate: they are measured in the order of their lists, and nothing chooses
+one that was not.
 """
 
 from __future__ import annotations

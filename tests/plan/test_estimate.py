@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +85,25 @@ def test_a_wrong_model_is_noticed() -> None:
         assert any(worse), forgotten
 
 
+def test_boxes_are_compared_with_pointers_and_not_modelled(tmp_path: Path) -> None:
+    assert "no record" in fit.of_boxes([])
+    name, case = next(
+        (c.name, c) for layer in fit.problems.layers(50) for c in fit.cases(layer) if "fprop+out 3x3/1" in c.name
+    )
+    rows, boxes = (
+        [c for c in case.candidates(H100) if (c.form == "rows") == pointers][:2] for pointers in (True, False)
+    )
+    heats = dict(zip(map(str, [*rows, *boxes]), (20.0, 25.0, 12.0, 10.0), strict=True))
+    (tmp_path / "one").mkdir()
+    document = {"gpu": "NVIDIA H100", "results": {name: {"heats_us": heats}}}
+    (tmp_path / "one" / "tuned.json").write_text(json.dumps(document))
+    (one,) = fit.measured(tmp_path)
+    assert list(one.times) == rows and list(one.boxes) == boxes and len(one.rows.memory) == 2
+    assert fit.of_boxes([one]).endswith(
+        "1 passes: 0.50 of what pointers take, 0.50 to 0.50; the list's first, regret 1.200"
+    )
+
+
 def test_whatever_it_may_choose_is_supported_and_few() -> None:
     problem = ConvProblem(32, 14, 14, 256, 1024)
     problems = [problem, replace(problem, Ci=64), replace(problem, Co=96), replace(problem, N=1, H=1, W=1)]
@@ -92,6 +113,7 @@ def test_whatever_it_may_choose_is_supported_and_few() -> None:
             for kind in KINDS:
                 found = defaults.choices(case, kind, target)
                 assert 1 <= len(found) == len(set(found)) <= 4
+                assert {config.form for config in found} == {"rows"}, "of others no record tells"
                 assert defaults.default_config(case, kind, target) in found
                 assert all(supports(case, kind, target, config)[0] for config in found)
                 assert all(0 < estimate_us(case, kind, target, config) < 1e6 for config in found)
