@@ -42,9 +42,12 @@ FORWARD_SCHEMA = (
     + ", ".join(["Tensor"] * (5 + 2 * SLOTS))
     + ")"
 )
+SAVED = ("Tensor? weight", "Tensor? gamma", "Tensor? beta", "Tensor y", "Tensor stats")
+"""What backward takes of each slot, field by field."""
 BACKWARD_SCHEMA = (
-    "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor mask, Tensor?[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, Tensor[] ys, Tensor[] stats, Tensor input_mean, Tensor projection_mean, Tensor a1) -> ("
+    "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor mask, "
+    + ", ".join(f"{field}{i}" for field in SAVED for i in range(SLOTS))
+    + ", Tensor input_mean, Tensor projection_mean, Tensor a1) -> ("
     + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
     + ")"
 )
@@ -152,24 +155,24 @@ def _chain_forward_fake(
 # ---------------------------------------------------------------- backward
 
 
+def _by_field(saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Each of ``SAVED``: of all slots."""
+    return tuple([saved[SLOTS * i : SLOTS * (i + 1)] for i in range(len(SAVED))])
+
+
 def _chain_backward(
     plan: str,
     needs: Sequence[bool],
     dout: Tensor,
     x: Tensor,
     mask: Tensor,
-    weights: Sequence[Tensor | None],
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
-    ys: Sequence[Tensor],
-    stats: Sequence[Tensor],
-    input_mean: Tensor,
-    projection_mean: Tensor,
-    a1: Tensor,
+    *saved: Tensor,
 ) -> tuple[Tensor, ...]:
     decoded = decode(plan)
     assert decoded.problem is not None
     dout = nhwc(dout)
+    weights, gammas, betas, ys, stats = _by_field(saved)
+    input_mean, projection_mean, a1 = saved[len(SAVED) * SLOTS :]
     slots = _slots(decoded.problem)
     parameters = [weight for weight in (weights[slot] for slot in slots) if weight is not None]
     layers = [
@@ -177,10 +180,9 @@ def _chain_backward(
         for slot, read, parameter in zip(slots, operands(parameters, x.dtype), parameters, strict=True)
     ]
     formed = (_or_none(input_mean), _or_none(projection_mean), _or_none(a1))
-    kept = ([_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *formed)
-    saved = Saved(_or_none(mask), *kept)
+    kept = Saved(_or_none(mask), [_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *formed)
     wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
-    dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, saved, wanted, needs[0], needs[1])
+    dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, kept, wanted, needs[0], needs[1])
     flat: list[Tensor | None] = [None] * (3 * SLOTS)
     for slot, grad in zip(slots, grads, strict=True):
         flat[3 * slot : 3 * slot + 3] = grad.weight, _like(grad.gamma, gammas[slot]), _like(grad.beta, betas[slot])
@@ -201,15 +203,9 @@ def _chain_backward_fake(
     dout: Tensor,
     x: Tensor,
     mask: Tensor,
-    weights: Sequence[Tensor | None],
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
-    ys: Sequence[Tensor],
-    stats: Sequence[Tensor],
-    input_mean: Tensor,
-    projection_mean: Tensor,
-    a1: Tensor,
+    *saved: Tensor,
 ) -> tuple[Tensor, ...]:
+    weights, gammas, betas, _, _ = _by_field(saved)
     result = [
         torch.empty_like(x, memory_format=torch.channels_last) if needs[0] else _none(x),
         torch.empty_like(dout, memory_format=torch.channels_last) if needs[1] else _none(x),
@@ -228,6 +224,14 @@ def _chain_backward_fake(
 
 chain_forward = define(FORWARD_SCHEMA, _chain_forward, _chain_forward_fake)
 chain_backward = define(BACKWARD_SCHEMA, _chain_backward, _chain_backward_fake)
+
+
+_WEIGHTS = range(5, 5 + SLOTS * len(FIELDS), len(FIELDS))
+"""Where the weights stand among the arguments of :class:`_Chain`."""
+_GRADS = (3, 4, *[first + i for first in _WEIGHTS for i in range(3)])
+"""Where that stands of which ``chain_backward`` returns the gradients, in its order."""
+_YS = slice(2 + 3 * SLOTS, 2 + 4 * SLOTS)
+"""Where the convolutions' outputs stand among what :class:`_Chain` saves."""
 
 
 class _Chain(torch.autograd.Function):
@@ -249,41 +253,19 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, mask, *rest, input_mean, projection_mean, a1 = ctx.saved_tensors
-        weights, gammas, betas, ys, stats = (rest[SLOTS * i : SLOTS * (i + 1)] for i in range(5))
-        x, a1, *ys = unpacked(x, a1, *ys)
+        saved = ctx.saved_tensors
+        x, a1, *ys = unpacked(saved[0], saved[-1], *saved[_YS])
         wants = ctx.needs_input_grad
         needs = [wants[3], wants[4]]
-        for i in range(SLOTS):
-            first = 5 + len(FIELDS) * i
-            needs += [wants[first], wants[first + 1] or wants[first + 2]]
-        dx, dresidual, *flat = refuse_second_derivative(
-            chain_backward,
-            ctx.plan,
-            needs,
-            dout,
-            x,
-            mask,
-            weights,
-            gammas,
-            betas,
-            ys,
-            stats,
-            input_mean,
-            projection_mean,
-            a1,
+        for first in _WEIGHTS:
+            needs += (wants[first], wants[first + 1] or wants[first + 2])
+        grads = refuse_second_derivative(
+            chain_backward, ctx.plan, needs, dout, x, *saved[1 : _YS.start], *ys, *saved[_YS.stop : -1], a1
         )
-        result: list[Tensor | None] = [
-            None,
-            None,
-            None,
-            dx if wants[3] else None,
-            dresidual if wants[4] else None,
-        ]
-        for i in range(SLOTS):
-            first = 5 + len(FIELDS) * i
-            result += [flat[3 * i + j] if wants[first + j] else None for j in range(3)]
-            result += [None, None, None]
+        result: list[Tensor | None] = [None] * len(wants)
+        for i, grad in zip(_GRADS, grads, strict=True):
+            if wants[i]:
+                result[i] = grad
         return tuple(result)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import profiler as _profiler
 
-from ..alike import are_plain
 from ..launch.replay import replaying
 
 _library = torch.library.Library("fused_resnet", "DEF")
@@ -29,17 +29,11 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     operator = getattr(torch.ops.fused_resnet, name).default
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_observed(arguments):
+        if torch.compiler.is_compiling() or _profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack():
             return operator(*arguments)
-        return replayed(*arguments)
+        return replayed(*arguments, otherwise=operator)
 
     return call
-
-
-def _is_observed(arguments: Sequence[Any]) -> bool:
-    """Whether somebody wants to see the operator: a profiler, a dispatch mode, or a tensor with its own dispatch."""
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    return torch.autograd.profiler._is_profiler_enabled or not are_plain(tensors)
 
 
 class _Once(torch.autograd.Function):

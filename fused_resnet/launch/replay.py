@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..alike import Kinds
+from ..alike import Kinds, are_plain
 from . import record
 from .check import allows_tf32
 
@@ -36,21 +36,22 @@ class _Kind:
 def replaying(body: Body) -> Body:
     """``body`` that writes down what it does, and replays it for arguments of the same kind.
 
-    ``body`` takes tensors, None, sequences of these and hashable values, and returns new tensors; which operators it
-    calls and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees
-    ``body`` itself.
+    ``body`` takes tensors, None, hashable values and lists of them, and returns new tensors; which operators it calls
+    and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees ``body``
+    itself; ``otherwise``, if given, takes the place of ``body`` for tensors that have their own say in what operators do.
     """
     kinds: Kinds[_Kind] = Kinds()
     _all_kinds.append(kinds)
 
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors: list[Tensor] = []
+    def call(*arguments: Any, otherwise: Body = body) -> tuple[Tensor, ...]:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        values = [Tensor if isinstance(a, Tensor) else tuple(a) if type(a) is list else a for a in arguments]
         # Switches that launchers read, and by which the vendor's convolutions choose the layout of what they return.
-        key = _values(arguments, tensors), allows_tf32(), torch._C._get_cudnn_enabled()
+        key = *values, allows_tf32(), torch._C._get_cudnn_enabled()
         kind = kinds.find(key, tensors)
         if kind is None:
-            if any(map(_is_put_off, tensors)):
-                return body(*_carried_out(arguments))
+            if otherwise is not body and not (are_plain(tensors) and all(map(_is_carried_out, tensors))):
+                return otherwise(*arguments)
             kinds.remember(key, tensors, _Kind())
             return body(*arguments)
         if not kind.is_writable or record.is_watched():
@@ -70,21 +71,9 @@ def replaying(body: Body) -> Body:
     return call
 
 
-def _is_put_off(t: Tensor) -> bool:
-    """Whether ``t`` is not what its memory holds: gradients of complex numbers are negated lazily, say."""
-    return t.is_neg() or t._is_zerotensor()
-
-
-def _carried_out(arguments: Sequence[Any]) -> list[Any]:
-    """``arguments`` with tensors that are what their memory holds, as PyTorch's dispatcher would hand them on."""
-    return [
-        argument.clone()
-        if isinstance(argument, Tensor) and _is_put_off(argument)
-        else _carried_out(argument)
-        if isinstance(argument, (list, tuple))
-        else argument
-        for argument in arguments
-    ]
+def _is_carried_out(t: Tensor) -> bool:
+    """Whether ``t`` is what its memory holds: gradients of complex numbers are negated lazily, say."""
+    return not (t.is_neg() or t._is_zerotensor())
 
 
 _all_kinds: list[Kinds[_Kind]] = []
@@ -94,20 +83,6 @@ def forget() -> None:
     """All sequences: the next calls write them anew."""
     for kinds in _all_kinds:
         kinds.clear()
-
-
-def _values(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """``arguments`` with a word in place of each tensor, which is appended to ``tensors``."""
-    values: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-            values.append(Tensor)
-        elif isinstance(argument, (list, tuple)):
-            values.append(_values(argument, tensors))
-        else:
-            values.append(argument)
-    return tuple(values)
 
 
 class _Line(NamedTuple):
@@ -122,6 +97,8 @@ class _Unknown(Exception):
 
 
 _aten = torch.ops.aten
+_BOUND: dict[Any, Any] = {_aten.convolution.default: torch.convolution, _aten.permute.default: torch.permute}
+"""The same by another way in, which costs the host half as much."""
 _MEMORY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
 
 
@@ -135,7 +112,11 @@ class _Writer(TorchDispatchMode):
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
         self.lines: list[_Line] | None = []
-        self.constants: dict[str, Any] = {"torch": torch, "TensorDescriptor": TensorDescriptor}
+        self.constants: dict[str, Any] = {
+            "torch": torch,
+            "empty_strided": torch.empty_strided,
+            "TensorDescriptor": TensorDescriptor,
+        }
         self.names = WeakTensorKeyDictionary()  # of tensors; the memory is freed as it would be
         self.numbers = count()
         self.parameters = [self.define(t) for t in arguments]
@@ -157,11 +138,16 @@ class _Writer(TorchDispatchMode):
             self.lines = None
         elif func in _MEMORY:
             size, stride = tuple(results.shape), results.stride()
-            options = f"dtype={results.dtype}, device={self.constant(results.device)}"
-            self.write(lambda _: f"torch.empty_strided({size}, {stride}, {options})", results, is_memory=True)
+            text = f"empty_strided({size}, {stride}, dtype={results.dtype}, device={self.constant(results.device)})"
+            if not results.numel():
+                text = self.constant(results)  # nothing can be written there
+            self.write(lambda _: text, results, is_memory=True)
+        elif func is _aten.slice.Tensor and args[1:] and args[1] == 0:
+            rows = slice(*args[2:])
+            self.write(lambda value: f"{value(args[0])}[{rows.start}:{rows.stop}:{rows.step or 1}]", results)
         else:
-            called = torch.convolution if func is _aten.convolution.default else func  # half of the host's time
-            self.write(lambda value: f"{self.constant(called)}({_listed(value, args, kwargs)})", results)
+            called = self.constant(_BOUND.get(func, func))
+            self.write(lambda value: f"{called}({_listed(value, args, kwargs)})", results)
         return results
 
     def launched(self, kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any], made: Any) -> None:
