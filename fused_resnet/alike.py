@@ -23,18 +23,18 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 class Alike:
     """Whether tensors have the class, dtype, device, shape, strides and requires_grad of those given first.
 
-    PyTorch's own guard, that of its compiler, also sees to the state they are used in: autocast, inference mode. And
-    each begins as far from a multiple of 16 bytes, for which Triton compiles differently.
+    PyTorch's own guard, that of its compiler, also sees to the state they are used in: autocast, inference mode.
+    ``aligned``: and each begins as far from a multiple of 16 bytes, for which Triton compiles differently.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], aligned: bool) -> None:
         sizes: Any = [[*t.shape] for t in tensors]
         strides: Any = [[*t.stride()] for t in tensors]
         self._guard: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._offsets = _offsets(tensors)
+        self._offsets = _offsets(tensors) if aligned else None
 
     def __call__(self, tensors: Sequence[Tensor]) -> bool:
-        return self._guard.check(*tensors) and _offsets(tensors) == self._offsets
+        return self._guard.check(*tensors) and (self._offsets is None or _offsets(tensors) == self._offsets)
 
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:
@@ -42,9 +42,10 @@ def _offsets(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Kinds(Generic[Found]):
-    """By a key, and by tensors alike, whose number follows from the key."""
+    """By a key, and by tensors alike, whose number follows from the key; ``aligned``: see :class:`Alike`."""
 
-    def __init__(self) -> None:
+    def __init__(self, aligned: bool) -> None:
+        self._aligned = aligned
         self._found: dict[Hashable, list[tuple[Alike, Found]]] = {}
         self._count = 0
 
@@ -60,7 +61,7 @@ class Kinds(Generic[Found]):
         if self._count == LIMIT:
             self.clear()
         self._count += 1
-        self._found.setdefault(key, []).append((Alike(tensors), found))
+        self._found.setdefault(key, []).append((Alike(tensors, self._aligned), found))
 
     def clear(self) -> None:
         self._found.clear()

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from . import plain
 from .arguments import BatchNorm, Conv, Layer, Pair, is_autocast
 from .autograd import absent
+from .launch.check import CUMULATIVE
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
 
 
@@ -79,8 +80,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
-    cumulative = bn.momentum is None and bn.training
-    counter = bn.num_batches_tracked if cumulative else None
+    counter = bn.num_batches_tracked if bn.training else None
     weight, bias = bn.weight, bn.bias
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
@@ -90,7 +90,14 @@ def bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
 
 
 def momentum_of(bn: BatchNorm) -> float:
-    return 0.0 if bn.momentum is None else float(bn.momentum)
+    if bn.momentum is None:
+        return 0.0 if bn.num_batches_tracked is None else CUMULATIVE
+    return float(bn.momentum)
+
+
+def count_first(*bns: BatchNorm) -> None:
+    """Counts one batch more where the count makes the momentum; all other counters are counted by kernels."""
+    plain.count_batch(*[bn for bn in bns if bn.momentum is None])
 
 
 # ---------------------------------------------------------------- routes
@@ -144,7 +151,7 @@ def take_part(
     ``norms``: each with the convolution's weight before it, a projection's last.
     """
     bns = [bn for _, bn in norms]
-    plain.count_batch(*bns)
+    count_first(*bns)
     channels = tuple([shape[1] if weight is None else int(weight.shape[0]) for weight, _ in norms])
     settings = tuple([momentum_of(bn) for bn in bns]), tuple([bn.eps for bn in bns])
     tensors = [t for weight, bn in norms for t in (weight, *bn_tensors(bn))]

@@ -45,6 +45,7 @@ from .calls import (
     add_wider,
     bn_tensors,
     compute_dtype,
+    count_first,
     dtype_name,
     geometry_of,
     is_taken,
@@ -59,6 +60,7 @@ from .calls import (
 )
 from .layout import is_channels_last, nhwc
 from .plan import planner, tables
+from .plan.route import RouteRequest
 from .plan.target import assumption
 
 __all__ = [
@@ -160,7 +162,7 @@ def bn_add_relu(
     if not is_taken("staged" if sm_count else "reference", reason, request, "bn_add_relu"):
         plain.count_batch(bn)
         return plain.bn_act(y, bn, residual, relu)
-    plain.count_batch(bn)
+    count_first(bn)
     channels_last = is_channels_last(y)
     y, residual = nhwc(y), None if residual is None else nhwc(residual.to(y.dtype))
     keeps_mask = relu and residual is not None and needs_grad(y, residual, bn.weight, bn.bias)
@@ -206,7 +208,7 @@ def stem(
         plain.count_batch(bn)
         return torch.nn.functional.max_pool2d(plain.layer(x, (conv, bn), None, True), 3, 2, 1)
     channels_last = is_channels_last(x) or is_channels_last(weight)
-    plain.count_batch(bn)
+    count_first(bn)
     out = stem_op.stem(text, momentum_of(bn), bn.eps, nhwc(x.to(dtype)), weight, *bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
@@ -245,58 +247,83 @@ def conv_bn_chain(
     everything = (*layers, projection) if projection else tuple(layers)
     if not all(isinstance(conv, Conv) and isinstance(bn, BatchNorm) for conv, bn in everything):
         _check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
-    dtype, request, slots = compute_dtype(x), request_for(route, x), _slots(layers, projection)
+    dtype, request = compute_dtype(x), request_for(route, x)
     settled, key, tensors = None, None, []
     if request.route != "reference" and not torch.compiler.is_compiling():
-        given = (x, residual, *slots, *[bn.num_batches_tracked for _, bn in everything])
+        given = [x, residual, *[t for conv, bn in everything for t in (conv[0], *bn[:5])]]
         tensors = [t for t in given if t is not None]
-        values = (dtype, kind, relu, memory, request, torch.is_grad_enabled(), assumption(), x.shape)
-        layer_values = [conv[1:] + bn[5:] for conv, bn in everything]
-        key = (*values, *layer_values, *[t is None for t in given])
+        values = [value for conv, bn in everything for value in (conv[1:], bn[5:])]
+        absent = None if len(tensors) == len(given) else tuple([t is None for t in given])
+        key = (dtype, kind, relu, memory, request, torch.is_grad_enabled(), assumption(), x.shape, *values, absent)
         settled = _settled.find(key, tensors)
-
     if settled is None:
-        shape = _check_chain(x, layers, projection, residual, kind, dtype)
-        added = x if kind == "identity" else residual
-        if widens(added, dtype):
-            return add_wider(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
-        training, sync = everything[0][1].training, everything[0][1].sync
-        for _, bn in everything:
-            if bn.training != training or bn.sync != sync:
-                return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
-        text, planned, reason = preflight.chain_plan_text(
-            x.device,
-            dtype_name(dtype),
-            size_of(x, request),
-            tuple([geometry_of(conv) for conv, _ in layers]),
-            geometry_of(projection[0]) if projection else None,
-            kind,
-            relu,
-            training,
-            needs_grad(x, residual, *parameters_of(*everything)),
-            request.route,
-            *memory,
-            sync=sync,
-            parameters=dtype_name(layers[0][0].weight.dtype),
-        )
-        if sync and reason == planner.EMPTY_BATCH:
-            norms = [(conv.weight, bn) for conv, bn in everything]
-            return take_part(x.to(dtype), shape, norms, residual, projects=projection is not None)
-        if not is_taken(planned, reason, request, "a chain of convolutions"):
-            return plain.chain(x, layers, projection, residual, kind, relu)
-        settled = _Settled(
-            text,
-            tuple([momentum_of(bn) for _, bn in everything]),
-            tuple([bn.eps for _, bn in everything]),
-            is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),
-        )
+        found = _settle(x, dtype, layers, projection, residual, kind, relu, memory, request, route)
+        if isinstance(found, Tensor):
+            return found
+        settled = found
         if key is not None and are_plain(tensors):
             _settled.remember(key, tensors, settled)
 
-    plain.count_batch(*[bn for _, bn in everything])
-    x, residual = nhwc(x.to(dtype)), None if residual is None else nhwc(residual.to(dtype))
+    if settled.counts_first:
+        count_first(*[bn for _, bn in everything])
+    if settled.converts:
+        x, residual = nhwc(x.to(dtype)), None if residual is None else nhwc(residual.to(dtype))
+    slots = _slots(layers, projection)
     out = chain.conv_chain(settled.plan, settled.momenta, settled.epsilons, x, residual, slots)
     return out if settled.channels_last else out.contiguous()
+
+
+def _settle(
+    x: Tensor,
+    dtype: torch.dtype,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    residual: Tensor | None,
+    kind: str,
+    relu: bool,
+    memory: MemoryOptions,
+    request: RouteRequest,
+    route: str | None,
+) -> _Settled | Tensor:
+    """How a chain runs on a fused route; or its output, where that does not take it as a whole."""
+    shape = _check_chain(x, layers, projection, residual, kind, dtype)
+    added = x if kind == "identity" else residual
+    if widens(added, dtype):
+        return add_wider(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
+    everything = (*layers, projection) if projection else tuple(layers)
+    training, sync = everything[0][1].training, everything[0][1].sync
+    for _, bn in everything:
+        if bn.training != training or bn.sync != sync:
+            return plain.walk(partial(_layer, route=route), x, layers, projection, residual, kind, relu)
+    text, planned, reason = preflight.chain_plan_text(
+        x.device,
+        dtype_name(dtype),
+        size_of(x, request),
+        tuple([geometry_of(conv) for conv, _ in layers]),
+        geometry_of(projection[0]) if projection else None,
+        kind,
+        relu,
+        training,
+        needs_grad(x, residual, *parameters_of(*everything)),
+        request.route,
+        *memory,
+        sync=sync,
+        parameters=dtype_name(layers[0][0].weight.dtype),
+    )
+    if sync and reason == planner.EMPTY_BATCH:
+        norms = [(conv.weight, bn) for conv, bn in everything]
+        return take_part(x.to(dtype), shape, norms, residual, projects=projection is not None)
+    if not is_taken(planned, reason, request, "a chain of convolutions"):
+        return plain.chain(x, layers, projection, residual, kind, relu)
+    images = [t for t in (x, residual) if t is not None]
+    return _Settled(
+        text,
+        tuple([momentum_of(bn) for _, bn in everything]),
+        tuple([bn.eps for _, bn in everything]),
+        any(t.dtype != dtype or not t.is_contiguous(memory_format=torch.channels_last) for t in images),
+        any(bn.momentum is None for _, bn in everything),
+        is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),
+    )
 
 
 class _Settled(NamedTuple):
@@ -305,10 +332,12 @@ class _Settled(NamedTuple):
     plan: str
     momenta: tuple[float, ...]
     epsilons: tuple[float, ...]
+    converts: bool
+    counts_first: bool
     channels_last: bool
 
 
-_settled: Kinds[_Settled] = Kinds()
+_settled: Kinds[_Settled] = Kinds(aligned=False)
 """By everything that checking and planning read."""
 tables.stale.append(_settled.clear)
 

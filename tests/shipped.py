@@ -28,6 +28,7 @@ from fused_resnet.launch import (
     stem_pool,
 )
 from fused_resnet.launch.bits import empty_bits
+from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
@@ -148,15 +149,19 @@ def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     once, reduce, three, four = pass_config(*sizes), *(reduce_config(*sizes, tensors=n) for n in (1, 3, 4))
     parameters = _parameters(p.Co)
     tiles = bn_stats.bn_stats(y, reduce)
-    bn_stats.bn_finalize(tiles, **parameters, momentum=0.1)
-    bn_stats.bn_finalize(tiles, **parameters, momentum=0.1, counter=counter)
+    for counts in (
+        {"momentum": 0.1},
+        {"momentum": 0.1, "counter": counter},
+        {"momentum": CUMULATIVE, "counter": counter},
+    ):
+        bn_stats.bn_finalize(tiles, **parameters, **counts)
     norm = bn_stats.FrozenNorm(*(parameters[n] for n in ("weight", "bias", "running_mean", "running_var", "eps")))
     for count in range(1, bn_stats.MOST_NORMS + 1):
         bn_stats.bn_frozen([norm] * count, dtype=dtype)
     bn_sync.bn_sync_pack(tiles)
     for ranks in RANKS:
-        bn_sync.bn_sync_finalize(_gathered(ranks, p.Co), **parameters, momentum=0.1)
-        bn_sync.bn_sync_finalize(_gathered(ranks, p.Co), **parameters, momentum=0.1, counter=counter)
+        for momentum in (0.1, CUMULATIVE):
+            bn_sync.bn_sync_finalize(_gathered(ranks, p.Co), **parameters, momentum=momentum, counter=counter)
     for relu in (True, False):
         bn_act.bn_act(y, stats, once, relu=relu)
         bn_act.bn_act(y, stats, once, residual=y, relu=relu)
@@ -196,11 +201,11 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
     pivot, of_pivot = (_rows(2, p.Ci), affine) if plan.pivots else (None, None)
     g, c, _ = gram.gram(x, affine, plan.gram, pivot=pivot)
     gram.gram(x, affine, plan.gram, store_a=True, pivot=pivot)
-    parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "momentum": 0.1, "eps": 1e-5}
+    parameters = {"gamma": row, "beta": row, "running_mean": row, "running_var": row, "counter": counter, "eps": 1e-5}
     parameters |= {"pivot": pivot, "input_affine": of_pivot}
-    gram.gram_finalize(g, c, p.M, w, **parameters)
-    stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, counter=counter)
-    gram.gram_finalize(g, c, p.M, w, **parameters, packs=True)
+    gram.gram_finalize(g, c, p.M, w, **parameters, momentum=CUMULATIVE)
+    stats, v, m = gram.gram_finalize(g, c, p.M, w, **parameters, momentum=0.1)
+    gram.gram_finalize(g, c, p.M, w, **parameters, momentum=0.1, packs=True)
     bits = empty_bits(out.shape, out.device)
     for shortcut in ({}, {"residual": out}, {"residual": out, "residual_affine": stats[2:]}):
         for prologue, written in itertools.product((affine, None), (None, bits)):

@@ -149,7 +149,7 @@ def test_one_weight_in_two_places_is_looked_at_each_time() -> None:
 
 
 def test_kinds_without_end_are_forgotten() -> None:
-    kinds: Kinds[int] = Kinds()
+    kinds: Kinds[int] = Kinds(aligned=True)
     t = torch.zeros(1)
     for key in range(LIMIT):
         kinds.remember(key, [t], key)

@@ -138,7 +138,7 @@ def _backward_fake(
 
 bn_act_forward = define(
     "bn_act_forward(Tensor y, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? counter, bool batch_statistics, float momentum, float eps, bool relu, "
+    "Tensor(b!)? running_var, Tensor(c!)? counter, bool batch_statistics, float momentum, float eps, bool relu, "
     "int sm_count, bool interpreter, bool keeps_mask, str sync) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,

@@ -28,10 +28,11 @@ FIELDS = ("weight", "gamma", "beta", "running_mean", "running_var", "counter")
 
 
 def _slot_schema(i: int) -> str:
-    mean, var = "abcdefgh"[2 * i], "abcdefgh"[2 * i + 1]
-    return (
-        f"Tensor? weight{i}, Tensor? gamma{i}, Tensor? beta{i}, "
-        f"Tensor({mean}!)? running_mean{i}, Tensor({var}!)? running_var{i}, Tensor? counter{i}"
+    written = ("running_mean", "running_var", "counter")
+    aliases = "abcdefghijkl"[len(written) * i :]
+    return ", ".join(
+        [f"Tensor? {field}{i}" for field in FIELDS if field not in written]
+        + [f"Tensor({alias}!)? {field}{i}" for alias, field in zip(aliases, written, strict=False)]
     )
 
 
@@ -181,7 +182,7 @@ def _chain_backward(
     ]
     formed = (_or_none(input_mean), _or_none(projection_mean), _or_none(a1))
     kept = Saved(_or_none(mask), [_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *formed)
-    wanted = [Needs(needs[2 + 2 * i], needs[3 + 2 * i]) for i in slots]
+    wanted = [Needs(needs[2 + 3 * i], needs[3 + 3 * i] or needs[4 + 3 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, kept, wanted, needs[0], needs[1])
     flat: list[Tensor | None] = [None] * (3 * SLOTS)
     for slot, grad in zip(slots, grads, strict=True):
@@ -212,12 +213,13 @@ def _chain_backward_fake(
     ]
     for i in range(SLOTS):
         weight, gamma, beta = weights[i], gammas[i], betas[i]
-        if weight is not None and needs[2 + 2 * i]:
+        needs_weight, *needs_bn = needs[2 + 3 * i : 5 + 3 * i]
+        if weight is not None and needs_weight:
             result.append(torch.empty_like(weight, memory_format=torch.channels_last))
         else:
             result.append(_none(x))
         for parameter in (gamma, beta):
-            wanted = parameter is not None and needs[3 + 2 * i]
+            wanted = parameter is not None and any(needs_bn)
             result.append(torch.empty_like(parameter) if wanted else _none(x))  # type: ignore[arg-type]
     return tuple(result)
 
@@ -226,10 +228,8 @@ chain_forward = define(FORWARD_SCHEMA, _chain_forward, _chain_forward_fake)
 chain_backward = define(BACKWARD_SCHEMA, _chain_backward, _chain_backward_fake)
 
 
-_WEIGHTS = range(5, 5 + SLOTS * len(FIELDS), len(FIELDS))
-"""Where the weights stand among the arguments of :class:`_Chain`."""
-_GRADS = (3, 4, *[first + i for first in _WEIGHTS for i in range(3)])
-"""Where that stands of which ``chain_backward`` returns the gradients, in its order."""
+_GRADS = (3, 4, *[5 + len(FIELDS) * slot + field for slot in range(SLOTS) for field in range(3)])
+"""Where that stands among the arguments of :class:`_Chain` of which ``chain_backward`` returns the gradients."""
 _YS = slice(2 + 3 * SLOTS, 2 + 4 * SLOTS)
 """Where the convolutions' outputs stand among what :class:`_Chain` saves."""
 
@@ -256,15 +256,13 @@ class _Chain(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, a1, *ys = unpacked(saved[0], saved[-1], *saved[_YS])
         wants = ctx.needs_input_grad
-        needs = [wants[3], wants[4]]
-        for first in _WEIGHTS:
-            needs += (wants[first], wants[first + 1] or wants[first + 2])
+        needs = tuple([wants[i] for i in _GRADS])
         grads = refuse_second_derivative(
             chain_backward, ctx.plan, needs, dout, x, *saved[1 : _YS.start], *ys, *saved[_YS.stop : -1], a1
         )
         result: list[Tensor | None] = [None] * len(wants)
-        for i, grad in zip(_GRADS, grads, strict=True):
-            if wants[i]:
+        for i, needed, grad in zip(_GRADS, needs, grads, strict=True):
+            if needed:
                 result[i] = grad
         return tuple(result)
 

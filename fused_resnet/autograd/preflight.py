@@ -118,11 +118,8 @@ def rehearse_chain(text: str, parameters: torch.dtype) -> None:
 def _rehearse_backward(
     text: str, problem: ChainProblem, x: Tensor, dout: Tensor, mask: Tensor, rest: list[Tensor], tensors: Any
 ) -> None:
-    *kept, input_mean, projection_mean, a1 = rest
-    ys, stats = kept[: chain.SLOTS], kept[chain.SLOTS :]
     weights, gammas, betas = (tensors[field :: len(chain.FIELDS)] for field in range(3))
     needs = [not problem.convs[0].is_stem, problem.residual == "given"]
     for weight in weights:
-        needs += [weight is not None, weight is not None]
-    means = input_mean, projection_mean, a1
-    chain._chain_backward(text, needs, dout, x, mask, weights, gammas, betas, ys, stats, *means)
+        needs += [weight is not None] * 3
+    chain._chain_backward(text, needs, dout, x, mask, *weights, *gammas, *betas, *rest)

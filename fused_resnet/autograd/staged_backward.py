@@ -277,7 +277,7 @@ def input_grad(
         else:
             dx, _ = conv_dgrad(grad.dz, weight, conv.problem, config)
         if residual is not None:
-            dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+            dx[:, :, :: residual_stride[0], :: residual_stride[1]].add_(residual)
             note("add_residual_grad", 0, (residual, residual, residual), {})
         return dx
     dx, _ = conv_dgrad(

@@ -138,7 +138,7 @@ def _backward_fake(
 
 stem_forward = define(
     "stem_forward(str plan, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? counter, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(b!)? running_var, Tensor(c!)? counter, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )

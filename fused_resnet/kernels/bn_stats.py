@@ -119,10 +119,17 @@ def update_statistics(
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
 ):
-    """Both running statistics, in place, from the mean and the unbiased variance; a counter makes the momentum."""
-    if HAS_COUNTER:
+    """Both running statistics, in place, from the mean and the unbiased variance.
+
+    The counter counts up; ``CUMULATIVE``: it did before, because here every program reads it, and makes the momentum.
+    """
+    if CUMULATIVE:
         momentum = 1.0 / tl.load(counter_ptr).to(tl.float64)
+    elif HAS_COUNTER:
+        if tl.program_id(0) == 0:
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     if HAS_RUNNING_MEAN:
         update_running(running_mean_ptr, mean, momentum, offs_c, mask_c)
     if HAS_RUNNING_VAR:
@@ -212,6 +219,7 @@ def bn_finalize_kernel(
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -232,6 +240,7 @@ def bn_finalize_kernel(
         HAS_RUNNING_MEAN,
         HAS_RUNNING_VAR,
         HAS_COUNTER,
+        CUMULATIVE,
     )
 
 

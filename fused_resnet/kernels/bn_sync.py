@@ -90,6 +90,7 @@ def bn_sync_finalize_kernel(
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -127,6 +128,7 @@ def bn_sync_finalize_kernel(
         HAS_RUNNING_MEAN,
         HAS_RUNNING_VAR,
         HAS_COUNTER,
+        CUMULATIVE,
     )
 
 

@@ -85,6 +85,7 @@ def gram_finalize_kernel(
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
     HAS_COUNTER: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -152,6 +153,7 @@ def gram_finalize_kernel(
         HAS_RUNNING_MEAN,
         HAS_RUNNING_VAR,
         HAS_COUNTER,
+        CUMULATIVE,
     )
 
 

@@ -12,6 +12,7 @@ from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
 from .check import (
     ACCUMULATION,
+    CUMULATIVE,
     DTYPES,
     accumulation_dtype,
     require_counter,
@@ -131,7 +132,8 @@ def bn_finalize(
     """Merges ``tiles`` into stats [4, C]: mean, rstd, scale, shift, of the tiles' dtype; nothing waits for the host.
 
     ``weight`` and ``bias`` [C] default to 1 and 0. The running statistics [C] are updated in place, with the unbiased
-    variance; with ``counter`` (int64, already counting this batch) the momentum is 1 / counter. ValueError for no rows.
+    variance, and ``counter`` (one int64) counts up. With the momentum ``CUMULATIVE`` it counts this batch already, and
+    the running statistics become the average of so many batches. ValueError for no rows.
     """
     data = tiles.data
     require_counter(counter, data.device)
@@ -145,7 +147,7 @@ def bn_finalize(
     launch(
         bn_finalize_kernel,
         (ceil_div(channels, config.block_c),),
-        touched=(data, stats, weight, bias, counter, *2 * (running_mean, running_var)),
+        touched=(data, stats, weight, bias, counter, counter, *2 * (running_mean, running_var)),
         flops=0,
         config=config,
         device=data.device,
@@ -168,6 +170,7 @@ def bn_finalize(
         HAS_RUNNING_MEAN=running_mean is not None,
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
+        CUMULATIVE=counter is not None and momentum == CUMULATIVE,
         VECTORS=vectors,
         BLOCK_T=block_t,
         BLOCK_C=config.block_c,

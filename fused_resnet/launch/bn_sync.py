@@ -13,7 +13,7 @@ from ..kernels.bn_sync import (
 from ..plan.passes import ceil_div, merge_config, step
 from .bn_act_grad import merged_grads
 from .bn_stats import _require_channels, merged
-from .check import require_counter, require_device, require_rows, require_shape, triton_dtype
+from .check import CUMULATIVE, require_counter, require_device, require_rows, require_shape, triton_dtype
 from .record import launch
 from .tiles import StatTiles
 
@@ -71,7 +71,7 @@ def bn_sync_finalize(
     launch(
         bn_sync_finalize_kernel,
         (ceil_div(channels, config.block_c),),
-        touched=(gathered, stats, weight, bias, counter, *2 * (running_mean, running_var)),
+        touched=(gathered, stats, weight, bias, counter, counter, *2 * (running_mean, running_var)),
         flops=0,
         config=config,
         device=gathered.device,
@@ -92,6 +92,7 @@ def bn_sync_finalize(
         HAS_RUNNING_MEAN=running_mean is not None,
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
+        CUMULATIVE=counter is not None and momentum == CUMULATIVE,
         BLOCK_R=config.block_m,
         BLOCK_C=config.block_c,
     )

@@ -5,7 +5,9 @@ Only metadata is looked at, never data: the checks hold on ``meta`` tensors and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import triton.language as tl
@@ -96,8 +98,12 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+CUMULATIVE: Final = math.inf
+"""In place of a momentum: running statistics are the average over the batches that a counter has counted."""
+
+
 def require_counter(counter: torch.Tensor | None, device: torch.device) -> None:
-    """How many batches a BatchNorm has seen, where that decides about its momentum: int64, on ``device``."""
+    """How many batches a BatchNorm has seen: int64, on ``device``."""
     if counter is not None:
         if counter.dtype != torch.int64:
             raise ValueError(f"counter must be int64, got {counter.dtype}")

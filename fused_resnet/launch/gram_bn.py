@@ -12,6 +12,7 @@ from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_con
 from ..plan.passes import ceil_div, next_power_of_2
 from .bn_stats import _require_channels
 from .check import (
+    CUMULATIVE,
     accumulation_dtype,
     require_counter,
     require_device,
@@ -98,7 +99,7 @@ def gram_finalize(
     launch(
         gram_finalize_kernel,
         (ceil_div(q, config.block_m),),
-        touched=(g, c, pivot, input_affine, weight, gamma, beta, counter, stats, v, m, *running, *running),
+        touched=(g, c, pivot, input_affine, weight, gamma, beta, counter, counter, stats, v, m, *running, *running),
         flops=2 * q * p * p,
         config=config,
         device=g.device,
@@ -132,6 +133,7 @@ def gram_finalize(
         HAS_RUNNING_MEAN=running_mean is not None,
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
+        CUMULATIVE=counter is not None and momentum == CUMULATIVE,
         BLOCK_Q=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

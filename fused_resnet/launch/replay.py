@@ -38,9 +38,9 @@ def replaying(body: Body) -> Body:
 
     ``body`` takes tensors, None, hashable values and lists of them, and returns new tensors; which operators it calls
     and kernels it launches follows from the values and the tensors' metadata. Whoever watches launches sees ``body``
-    itself; ``otherwise``, if given, takes the place of ``body`` for tensors that have their own say in what operators do.
+    itself; ``otherwise``, if given, runs in place of ``body`` for tensors with their own say in what operators do.
     """
-    kinds: Kinds[_Kind] = Kinds()
+    kinds: Kinds[_Kind] = Kinds(aligned=True)
     _all_kinds.append(kinds)
 
     def call(*arguments: Any, otherwise: Body = body) -> tuple[Tensor, ...]:

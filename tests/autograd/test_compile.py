@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -232,16 +233,14 @@ def test_opcheck(kind: str, training: bool, backward: bool) -> None:
     out, mask, *rest = op.chain_forward(text, momenta, epsilons, x, residual, *tensors)
     assert (mask.numel() > 0) == (kind != "none" or not training or route == "gram")
     parameters = [[tensors[len(op.FIELDS) * i + field] for i in range(op.SLOTS)] for field in range(3)]
-    given = (
-        x,
-        mask,
-        *parameters,
-        rest[: op.SLOTS],
-        rest[op.SLOTS : 2 * op.SLOTS],
-        *rest[2 * op.SLOTS :],
-    )
+    given = (x, mask, *itertools.chain(*parameters), *rest)
     r = kind == "given"
-    for needs in ([True, r] + [True] * 8, [False, r] + [True] * 8, [True, r] + [False] * 8, [False, r, True] * 3 + [r]):
+    for needs in (
+        [True, r] + [True] * 12,
+        [False, r] + [True] * 12,
+        [True, r] + [False] * 12,
+        [False, r] + [True, r, r] * 4,
+    ):
         torch.library.opcheck(
             torch.ops.fused_resnet.chain_backward.default, (text, needs, torch.randn_like(out), *given)
         )

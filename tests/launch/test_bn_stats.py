@@ -9,6 +9,7 @@ import torch
 import fused_resnet.kernels.bn_stats as kernels
 from fused_resnet.launch import bn_stats as launcher
 from fused_resnet.launch.bn_stats import FrozenNorm, bn_finalize, bn_frozen, bn_merge, bn_stats
+from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.record import record_launches
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
@@ -208,7 +209,8 @@ def test_running_statistics_of_many_tiles(device):
     tiles, values = synthetic_tiles(2 * (FEW_TILES + 9) - 1, 2, 5, torch.float32, device)
     running = torch.zeros(5, device=device), torch.zeros(5, device=device)
     counter = torch.full((), 4, dtype=torch.int64, device=device)
-    finalize(tiles, running_mean=running[0], running_var=running[1], counter=counter)
+    finalize(tiles, running_mean=running[0], running_var=running[1], counter=counter, momentum=CUMULATIVE)
+    assert counter == 4
     torch.testing.assert_close(running[0].double(), values.mean(0) / 4, rtol=2e-6, atol=0)
     torch.testing.assert_close(running[1].double(), values.var(0) / 4, rtol=2e-6, atol=0)
 
@@ -231,13 +233,13 @@ def test_running_statistics_are_those_of_batch_norm(momentum, dtype, device):
     for step in range(3):
         y = images((2, 20, 5, 7), dtype, device, mean=step)
         bn(y.double().cpu())
-        counter += 1
+        counter += momentum is None  # then it has counted already
         finalize(
             bn_stats(y, SMALL),
             running_mean=running_mean,
             running_var=running_var,
-            momentum=0.0 if momentum is None else momentum,
-            counter=counter if momentum is None else None,
+            momentum=CUMULATIVE if momentum is None else momentum,
+            counter=counter,
         )
     close = {"rtol": tolerance(dtype), "atol": tolerance(dtype)}
     torch.testing.assert_close(running_mean.double().cpu(), bn.running_mean, **close)

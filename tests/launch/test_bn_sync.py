@@ -15,6 +15,7 @@ import fused_resnet.launch.bn_sync as launcher
 from fused_resnet.launch import gram_bn
 from fused_resnet.launch.bn_act_grad import bn_act_grad_reduce, bn_grad_finalize
 from fused_resnet.launch.bn_stats import bn_finalize, bn_stats
+from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.gram import gram, gram_finalize
 from fused_resnet.launch.gram_rows import gram_sums
 from fused_resnet.launch.record import record_launches
@@ -97,9 +98,14 @@ def test_a_counter_and_no_parameters(device: torch.device) -> None:
     parts = parts_of([35, 70], torch.float32, device)
     every = gathered(parts, lambda y: launcher.bn_sync_pack(bn_stats(y, TILES)), torch.float32)
     mean = torch.zeros(CHANNELS, device=device)
-    arguments = {"weight": None, "bias": None, "running_mean": mean, "running_var": None, "momentum": 7.0, "eps": 1e-5}
-    stats = launcher.bn_sync_finalize(every, **arguments, counter=torch.tensor(4, device=device))
+    arguments = {"weight": None, "bias": None, "running_mean": mean, "running_var": None, "eps": 1e-5}
+    counter = torch.tensor(4, device=device)
+    stats = launcher.bn_sync_finalize(every, **arguments, counter=counter, momentum=CUMULATIVE)
     torch.testing.assert_close(mean, stats[0] / 4)
+    assert counter == 4
+    launcher.bn_sync_finalize(every, **arguments, counter=counter, momentum=1.0)
+    torch.testing.assert_close(mean, stats[0])
+    assert counter == 5
     torch.testing.assert_close(stats[2], stats[1])
     torch.testing.assert_close(stats[3], -stats[0] * stats[1])
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.gram import GramGrads, gram, gram_backward, gram_finalize
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
@@ -96,14 +97,15 @@ def test_running_statistics_are_those_of_batch_norm(momentum, dtype, device):
     for _ in range(2):
         case = make_case((2, 5, 5), 20, 24, dtype, device)
         bn((matrix(case.a) @ case.weight.double().flatten(1).T).cpu())
-        counter += 1
+        counter += momentum is None  # then it has counted already
         statistics(
             case,
             running_mean=running_mean,
             running_var=running_var,
-            momentum=0.0 if momentum is None else momentum,
-            counter=counter if momentum is None else None,
+            momentum=CUMULATIVE if momentum is None else momentum,
+            counter=counter,
         )
+    assert counter == 2
     close = {"rtol": EXACT[dtype], "atol": EXACT[dtype]}
     torch.testing.assert_close(running_mean.double().cpu(), bn.running_mean, **close)
     torch.testing.assert_close(running_var.double().cpu(), bn.running_var, **close)

@@ -44,7 +44,7 @@ class Counted:
         return self.body(*arguments)
 
 
-def double_rows(scale: float, x: Tensor, rows: list[Tensor | None]) -> tuple[Tensor, ...]:
+def double_rows(scale: float, x: Tensor, *rows: Tensor | None) -> tuple[Tensor, ...]:
     total = x * scale
     for row in rows:
         if row is not None:
@@ -61,7 +61,7 @@ def test_a_third_call_replays_with_its_own_tensors() -> None:
     call = replaying(body)
     for round_ in range(4):
         x, row = torch.randn(3, 4), torch.randn(2, 4)
-        total, upper = call(2.0, x, [None, row])
+        total, upper = call(2.0, x, None, row)
         assert torch.equal(total, x * 2.0 + row[0]) and torch.equal(upper, total.max(1).values)
         assert body.count == min(round_ + 1, 2)
 
@@ -70,13 +70,13 @@ def test_a_third_call_replays_with_its_own_tensors() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        lambda x, row: (3.0, x, [None, row]),
-        lambda x, row: (2.0, x, [row, None]),
-        lambda x, row: (2.0, x, [row, row.clone()]),
-        lambda x, row: (2.0, x.double(), [None, row]),
-        lambda x, row: (2.0, x[:2], [None, row]),
-        lambda x, row: (2.0, x.t().contiguous().t(), [None, row]),
-        lambda x, row: (2.0, torch.cat([x.flatten()[:1], x.flatten()])[1:].view(3, 4), [None, row]),
+        lambda x, row: (3.0, x, None, row),
+        lambda x, row: (2.0, x, row, None),
+        lambda x, row: (2.0, x, row, row.clone()),
+        lambda x, row: (2.0, x.double(), None, row),
+        lambda x, row: (2.0, x[:2], None, row),
+        lambda x, row: (2.0, x.t().contiguous().t(), None, row),
+        lambda x, row: (2.0, torch.cat([x.flatten()[:1], x.flatten()])[1:].view(3, 4), None, row),
     ],
     ids=["value", "place", "number", "dtype", "shape", "strides", "alignment"],
 )
@@ -84,14 +84,14 @@ def test_another_kind_is_written_anew(other: Callable[[Tensor, Tensor], tuple[An
     body = Counted(double_rows)
     call = replaying(body)
     x, row = torch.randn(3, 4), torch.randn(2, 4)
-    call(2.0, x, [None, row])
-    call(2.0, x, [None, row])
+    call(2.0, x, None, row)
+    call(2.0, x, None, row)
     arguments = other(x, row)
     for count in (3, 4, 4):
         for got, expected in zip(call(*arguments), double_rows(*arguments), strict=True):
             assert torch.equal(got, expected)
         assert body.count == count
-    call(2.0, x, [None, row])
+    call(2.0, x, None, row)
     assert body.count == 4
 
 
