@@ -91,12 +91,14 @@ def bench_plain_block(benchmark: Any) -> None:
     benchmark(lambda: block(x).backward(dout))
 
 
+@pytest.mark.parametrize("vendors", [False, True], ids=["ours left out", "all left out"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("kind", BLOCKS)
-def bench_host_time(benchmark: Any, kind: str, autocast: bool) -> None:
-    """A block with the launches left out beside eager's dispatch of it, in turns, on one-pixel tensors."""
+def bench_host_time(benchmark: Any, kind: str, autocast: bool, vendors: bool) -> None:
+    """A block with its launches left out beside eager's dispatch of it, in turns, on one-pixel tensors."""
     benchmark.group = "host time, in turns with eager"
-    ours, eager = benchmark.pedantic(lambda: host_times(kind, autocast=autocast), rounds=1, iterations=1)
+    taken = benchmark.pedantic(host_times, (kind,), {"autocast": autocast, "vendors": vendors}, rounds=1, iterations=1)
+    ours, eager = taken
     names = {"ours": ours, "eager": eager}
     benchmark.extra_info |= {f"{who}_{way}_us": value for who, t in names.items() for way, value in t._asdict().items()}
 

@@ -34,16 +34,19 @@ class HostTime(NamedTuple):
     backward: float
 
 
-def host_times(kind: str, rounds: int = 200, autocast: bool = False) -> tuple[HostTime, HostTime]:
-    """(ours, eager's) for one block of ``kind`` over two images of one pixel, few channels, so that nothing computes.
+def host_times(
+    kind: str, rounds: int = 200, *, autocast: bool = False, vendors: bool = False
+) -> tuple[HostTime, HostTime]:
+    """(ours, eager's) for one block of ``kind`` over two images of one pixel, few channels, so that little computes.
 
-    Ours is planned for an H100; its kernels are left out, the vendor's convolutions run in both.
+    Ours is planned for an H100 and its kernels are left out; the vendor's convolutions run in both, and take most of
+    eager's time. ``vendors``: among our launches they are left out as well.
     """
     blocks = [BLOCKS[kind](family).to(memory_format=torch.channels_last) for family in (fr, reference)]
     x = torch.randn(2, 32, 1, 1, dtype=torch.bfloat16 if autocast else torch.float32)
     x = x.contiguous(memory_format=torch.channels_last)
     times: list[list[tuple[float, float]]] = [[], []]
-    with launches_left_out(H100):
+    with launches_left_out(H100, vendors=vendors):
         for _ in range(rounds + 10):
             for block, taken in zip(blocks, times, strict=True):
                 block.zero_grad(set_to_none=True)

@@ -168,6 +168,33 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
         raise TypeError(f"expected a floating-point residual, got {residual.dtype}")
 
 
+MOST_LAYERS = 3
+_NAMES = tuple([f"conv{i + 1}" for i in range(MOST_LAYERS)])
+
+
+def check_chain(
+    x: Tensor,
+    layers: Sequence[Layer],
+    projection: Layer | None,
+    residual: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """The output's shape; raises where eager would, before anything is touched."""
+    check_image(x)
+    shape = shortcut = tuple(x.shape)
+    for name, (conv, bn) in zip(_NAMES, layers, strict=False):
+        shape = check_layer(shape, dtype, x.device, conv, bn, name)
+    if projection is not None:
+        shortcut = check_layer(shortcut, dtype, x.device, *projection, "projection")
+    elif residual is not None:
+        check_residual(residual, shape, x.device)
+        shortcut = shape
+    if kind != "none" and shortcut != shape:
+        raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
+    return shape
+
+
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from . import plain
 from .arguments import BatchNorm, Conv, Layer, Pair, is_autocast
-from .autograd import absent
+from .autograd import absent, chain
 from .launch.check import CUMULATIVE
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
 
@@ -87,6 +87,20 @@ def bn_tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     return weight, bias, bn.running_mean, bn.running_var, counter
+
+
+_NOTHING = (None,) * len(chain.FIELDS)
+"""The tensors of a layer that is not there."""
+
+
+def slots_of(layers: Sequence[Layer], projection: Layer | None) -> list[Tensor | None]:
+    """The tensors of a chain in the places where its operator takes them."""
+    slots: list[Tensor | None] = []
+    for conv, bn in layers:
+        slots += (conv.weight, *bn_tensors(bn))
+    slots += _NOTHING * (chain.SLOTS - 1 - len(layers))
+    slots += (projection[0].weight, *bn_tensors(projection[1])) if projection else _NOTHING
+    return slots
 
 
 def momentum_of(bn: BatchNorm) -> float:

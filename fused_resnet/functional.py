@@ -22,6 +22,7 @@ from torch import Tensor
 from . import plain
 from .alike import Kinds, are_plain
 from .arguments import (
+    MOST_LAYERS,
     BatchNorm,
     Conv,
     Layer,
@@ -29,6 +30,7 @@ from .arguments import (
     Pair,
     batch_norm_of,
     check_bn,
+    check_chain,
     check_count,
     check_image,
     check_layer,
@@ -55,6 +57,7 @@ from .calls import (
     parameters_of,
     request_for,
     size_of,
+    slots_of,
     take_part,
     widens,
 )
@@ -216,11 +219,6 @@ def stem(
 # ---------------------------------------------------------------- the chain
 
 
-NAMES = ("conv1", "conv2", "conv3")
-NOTHING = (None,) * len(chain.FIELDS)
-"""The tensors of a projection that is not there."""
-
-
 def conv_bn_chain(
     x: Tensor,
     layers: Sequence[Layer],
@@ -239,14 +237,14 @@ def conv_bn_chain(
     and ``keep``: as in :func:`bottleneck`.
     """
     memory = memory_options(recompute, keep)
-    if not 1 <= len(layers) <= len(NAMES):
-        raise ValueError(f"a chain has one to {len(NAMES)} layers, got {len(layers)}")
+    if not 1 <= len(layers) <= MOST_LAYERS:
+        raise ValueError(f"a chain has one to {MOST_LAYERS} layers, got {len(layers)}")
     if projection is not None and residual is not None:
         raise ValueError("a block takes a projection or a residual, not both")
     kind = "projection" if projection else "given" if residual is not None else "identity" if identity else "none"
     everything = (*layers, projection) if projection else tuple(layers)
     if not all(isinstance(conv, Conv) and isinstance(bn, BatchNorm) for conv, bn in everything):
-        _check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
+        check_chain(x, layers, projection, residual, kind, compute_dtype(x))  # finds the words
     dtype, request = compute_dtype(x), request_for(route, x)
     settled, key, tensors = None, None, []
     if request.route != "reference" and not torch.compiler.is_compiling():
@@ -268,7 +266,7 @@ def conv_bn_chain(
         count_first(*[bn for _, bn in everything])
     if settled.converts:
         x, residual = nhwc(x.to(dtype)), None if residual is None else nhwc(residual.to(dtype))
-    slots = _slots(layers, projection)
+    slots = slots_of(layers, projection)
     out = chain.conv_chain(settled.plan, settled.momenta, settled.epsilons, x, residual, slots)
     return out if settled.channels_last else out.contiguous()
 
@@ -286,7 +284,7 @@ def _settle(
     route: str | None,
 ) -> _Settled | Tensor:
     """How a chain runs on a fused route; or its output, where that does not take it as a whole."""
-    shape = _check_chain(x, layers, projection, residual, kind, dtype)
+    shape = check_chain(x, layers, projection, residual, kind, dtype)
     added = x if kind == "identity" else residual
     if widens(added, dtype):
         return add_wider(conv_bn_chain(x, layers, relu=False, **memory._asdict(), route=route), added, relu)
@@ -340,39 +338,6 @@ class _Settled(NamedTuple):
 _settled: Kinds[_Settled] = Kinds(aligned=False)
 """By everything that checking and planning read."""
 tables.stale.append(_settled.clear)
-
-
-def _slots(layers: Sequence[Layer], projection: Layer | None) -> list[Tensor | None]:
-    """The tensors of a chain in the places where its operator takes them."""
-    slots: list[Tensor | None] = []
-    for conv, bn in layers:
-        slots += (conv.weight, *bn_tensors(bn))
-    slots += [None] * ((chain.SLOTS - 1) * len(chain.FIELDS) - len(slots))
-    slots += (projection[0].weight, *bn_tensors(projection[1])) if projection else NOTHING
-    return slots
-
-
-def _check_chain(
-    x: Tensor,
-    layers: Sequence[Layer],
-    projection: Layer | None,
-    residual: Tensor | None,
-    kind: str,
-    dtype: torch.dtype,
-) -> tuple[int, ...]:
-    """The output's shape; raises where eager would, before anything is touched."""
-    check_image(x)
-    shape = shortcut = tuple(x.shape)
-    for name, (conv, bn) in zip(NAMES, layers, strict=False):
-        shape = check_layer(shape, dtype, x.device, conv, bn, name)
-    if projection is not None:
-        shortcut = check_layer(shortcut, dtype, x.device, *projection, "projection")
-    elif residual is not None:
-        check_residual(residual, shape, x.device)
-        shortcut = shape
-    if kind != "none" and shortcut != shape:
-        raise ValueError(f"the residual branch gives {shape} and the shortcut ({kind}) {shortcut}")
-    return shape
 
 
 def _layer(x: Tensor, layer: Layer, residual: Tensor | None, relu: bool, route: str | None) -> Tensor:

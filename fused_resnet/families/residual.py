@@ -56,9 +56,9 @@ def calls(steps: Iterable[Step | None]) -> list[Step]:
     """What calling ``steps`` in a row calls: containers opened, identities left away."""
     found: list[Step] = []
     for step in steps:
-        if isinstance(step, nn.Sequential) and is_untouched(step, nn.Sequential):
+        if type(step) is nn.Sequential and is_untouched(step, nn.Sequential):
             found += calls(step)
-        elif step is not None and not (isinstance(step, nn.Identity) and is_untouched(step, nn.Identity)):
+        elif step is not None and not (type(step) is nn.Identity and is_untouched(step, nn.Identity)):
             found.append(step)
     return found
 
