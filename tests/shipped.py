@@ -21,6 +21,7 @@ from fused_resnet.launch import (
     bn_sync,
     bottleneck_single,
     cast,
+    frozen_grad,
     gram,
     gram_bn,
     nhwc,
@@ -229,10 +230,14 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
 
 
 def _weights(p: ConvProblem, dtype: torch.dtype) -> None:
-    """The casts of the parameters of a chain of one, two, three layers, and of three and a projection."""
+    """The casts of the parameters of a chain of one, two, three layers, and of three and a projection; the gradients
+    of a layer whose statistics are frozen."""
     parameter = _image(p.Co, p.Ci, p.R, p.S, torch.float32)
     for count in range(1, 5) if dtype != torch.float32 else ():
         cast.cast([parameter] * count, dtype)
+    read, stats, row = parameter.to(dtype), _rows(4, p.Co), _rows(1, p.Co)[0]
+    for t, wants_dgamma in itertools.product((parameter, read), (True, False)):
+        frozen_grad.frozen_grad(t, read, stats, row, dw_dtype=torch.float32, wants_dgamma=wants_dgamma)
 
 
 def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:

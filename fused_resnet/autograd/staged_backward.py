@@ -14,6 +14,7 @@ import torch
 from ..launch import vendor
 from ..launch.conv_dgrad import conv_dgrad
 from ..launch.conv_wgrad import conv_wgrad
+from ..launch.frozen_grad import frozen_grad
 from ..launch.record import note
 from ..launch.stem_conv import stem_conv_wgrad
 from ..plan.plans import ConvPlan, Plan
@@ -233,12 +234,10 @@ def _layer_backward(
         else:
             dw = wgrad(passes, conv, layer.weight, below, below_stats, gradient, layer.weight_dtype)
     elif not passes.batch and step.needs.any:
-        # y was never written. With T = sum dz (x) a, dW = scale*T and sum dz*y = rowsum(W*T).
-        t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)
-        mean, rstd, scale = stats[0], stats[1], stats[2]
-        product = layer.weight.to(stats.dtype) * t
-        dgamma = rstd * (product.sum((1, 2, 3)) - mean * dbeta)
-        dw = (t * scale[:, None, None, None]).to(layer.weight_dtype) if step.needs.weight else None
+        t_dtype = dz.dtype if conv.wgrad.config is None else stats.dtype
+        t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), t_dtype)
+        dw_dtype = layer.weight_dtype if step.needs.weight else None
+        dw, dgamma = frozen_grad(t, layer.weight, stats, dbeta, dw_dtype=dw_dtype, wants_dgamma=step.needs.bn)
     return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient
 
 

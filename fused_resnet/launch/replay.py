@@ -89,7 +89,8 @@ class _Line(NamedTuple):
     text: str
     reads: set[str]
     results: tuple[str, ...]
-    is_memory: bool
+    is_pure: bool
+    """It does nothing but make its results."""
 
 
 class _Unknown(Exception):
@@ -141,13 +142,14 @@ class _Writer(TorchDispatchMode):
             text = f"empty_strided({size}, {stride}, dtype={results.dtype}, device={self.constant(results.device)})"
             if not results.numel():
                 text = self.constant(results)  # nothing can be written there
-            self.write(lambda _: text, results, is_memory=True)
+            self.write(lambda _: text, results, is_pure=True)
         elif func is _aten.slice.Tensor and args[1:] and args[1] == 0:
             rows = slice(*args[2:])
-            self.write(lambda value: f"{value(args[0])}[{rows.start}:{rows.stop}:{rows.step or 1}]", results)
+            text = f"[{rows.start}:{rows.stop}:{rows.step or 1}]"
+            self.write(lambda value: value(args[0]) + text, results, is_pure=True)
         else:
-            called = self.constant(_BOUND.get(func, func))
-            self.write(lambda value: f"{called}({_listed(value, args, kwargs)})", results)
+            called, is_pure = self.constant(_BOUND.get(func, func)), not func._schema.is_mutable
+            self.write(lambda value: f"{called}({_listed(value, args, kwargs)})", results, is_pure=is_pure)
         return results
 
     def launched(self, kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any], made: Any) -> None:
@@ -159,7 +161,7 @@ class _Writer(TorchDispatchMode):
         else:
             self.write(lambda value: f"{self.constant(kernel)}[{grid}]({_listed(value, values, options)})")
 
-    def write(self, call: Callable[[Callable[[Any], str]], str], results: Any = (), *, is_memory: bool = False) -> None:
+    def write(self, call: Callable[[Callable[[Any], str]], str], results: Any = (), *, is_pure: bool = False) -> None:
         """Adds a line; ``call`` makes its text of what puts a value into words."""
         if self.lines is None:
             return
@@ -174,17 +176,17 @@ class _Writer(TorchDispatchMode):
             text = f"{names[0]} = {text}"
         elif names := tuple("_" if t is None else self.define(t) for t in results):
             text = f"{', '.join(names)}, = {text}"
-        self.lines.append(_Line(text, reads, names, is_memory))
+        self.lines.append(_Line(text, reads, names, is_pure))
 
     def sequence(self, results: Sequence[Tensor]) -> Body | None:
         """The function of the arguments' tensors that does what was written; None if that cannot be told."""
         if self.lines is None or any(t not in self.names for t in results):
             return None
         returned = [self.names[t] for t in results]
-        needed, body = {*returned, *self.parameters, "_"}, [f"    return ({''.join(f'{name}, ' for name in returned)})"]
+        needed, body = {*returned, *self.parameters}, [f"    return ({''.join(f'{name}, ' for name in returned)})"]
         for line in reversed(self.lines):
-            if line.is_memory and needed.isdisjoint(line.results):
-                continue  # nobody reads or writes it
+            if line.is_pure and needed.isdisjoint(line.results):
+                continue  # nobody reads or writes them
             if dead := sorted((line.reads | {*line.results}) - needed):
                 body.append(f"    del {', '.join(dead)}")
             needed |= line.reads

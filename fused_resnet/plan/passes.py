@@ -87,6 +87,13 @@ def cast_config(elements: int, *, interpreter: bool = False) -> PassConfig:
     return PassConfig(block_m=1, block_c=min(next_power_of_2(elements), INTERPRETER_ELEMENTS) if interpreter else 1024)
 
 
+def frozen_grad_config(channels: int, length: int, *, interpreter: bool = False) -> PassConfig:
+    """A pass over the rows of a weight [channels, length]: as many programs as steps of two vectors a thread make."""
+    block_c = min(next_power_of_2(length), 1024)
+    block_m = min(next_power_of_2(channels), 64) if interpreter else max(1, 1024 // block_c)
+    return PassConfig(block_m=block_m, block_c=block_c)
+
+
 @lru_cache(maxsize=4096)
 def group_config(tiles: int, channels: int, *, interpreter: bool = False) -> PassConfig | None:
     """A merge of every ``block_m`` neighbours among [T, C] tiles, so that few are left; ``None`` where few are.

@@ -18,6 +18,11 @@ from tests.no_launches import launches_left_out
 
 WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "allclose", "masked_select", "_unique2", "unique_dim"}
 """Operators whose result the host needs before it can go on."""
+MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "to", "clone"}
+VIEWS = {"alias", "flatten", "permute", "select", "slice", "unsqueeze", "view"}
+LAUNCHES = {"convolution", "convolution_backward", "_to_copy", "add_", "cat", "zeros_like"}
+"""The vendor's convolutions, its results in another dtype, the residual's gradient added to what it wrote, and the
+coefficients of a frozen stem."""
 
 
 class NothingWaits(TorchDispatchMode):
@@ -26,15 +31,24 @@ class NothingWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         assert func._opname not in WAITS, f"{func} waits for the device"
         if func.namespace != "fused_resnet":
+            if self.is_inside:
+                self.inside.add(func._opname)
             return func(*args, **(kwargs or {}))
         self.operators.add(func._opname)
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         with self:
-            return func.redispatch(keys, *args, **(kwargs or {}))
+            self.is_inside = True
+            try:
+                return func.redispatch(keys, *args, **(kwargs or {}))
+            finally:
+                self.is_inside = False
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: set[str] = set()
+        self.inside: set[str] = set()
+        """What our operators call."""
+        self.is_inside = False
 
 
 def network() -> nn.Module:
@@ -80,6 +94,7 @@ def test_nothing_in_a_step_waits_for_the_device(edit: str, route: str, dtype: to
         with torch.no_grad(), autocast:
             net(x)
     assert {"chain_forward", "chain_backward", "stem_forward", "stem_backward", "bn_act_backward"} <= watch.operators
+    assert watch.inside <= MEMORY | VIEWS | LAUNCHES, "a kernel of PyTorch's in a step of ours"
 
 
 @pytest.mark.quick
