@@ -135,7 +135,7 @@ def test_a_route_and_a_context_are_part_of_the_call() -> None:
 
 def test_checking_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = made()
-    monkeypatch.setattr(functional, "_check_chain", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(functional, "check_chain", lambda *_: pytest.fail("checked again"))
     block(x)
 
 

@@ -218,6 +218,7 @@ def _layer_backward(
 ) -> tuple[LayerGrad, Gradient | Formed]:
     """dW, dgamma, dbeta of one layer, and the gradient of its conv's output: formed if a kernel wants it formed."""
     conv, layer, stats = step.conv, step.layer, step.stats
+    dgamma: Tensor | None
     dgamma, dbeta, coeffs = sums
     gradient: Gradient | Formed = Gradient(dz, step.y, coeffs)  # without y (frozen statistics) dy = A*dz
     if step.needs_forming:

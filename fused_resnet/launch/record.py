@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -168,10 +168,10 @@ def launch(
         return
     for watch in _watches:
         watch.begin(kernel.fn.__name__, config)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            made = kernel[grid](**arguments, **config.options)
-    else:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    # Who is told of a launch sees nothing of the operators of PyTorch's that it takes.
+    unseen = nullcontext() if _listener.on_launch is None else torch._C._DisableTorchDispatch()
+    with torch.cuda.device(device) if elsewhere else nullcontext(), unseen:
         made = kernel[grid](**arguments, **config.options)
     for watch in _watches:
         watch.end()

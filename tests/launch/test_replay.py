@@ -30,6 +30,17 @@ from tests.conftest import INTERPRETED
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sequences that are written from here on."""
+    sequences: list[Any] = []
+    original = replay._Writer.sequence
+    monkeypatch.setattr(
+        replay._Writer, "sequence", lambda self, results: sequences.append(original(self, results)) or sequences[-1]
+    )
+    return sequences
+
+
 # ----- bodies of PyTorch's own operators -----
 
 
@@ -259,21 +270,48 @@ def test_memory_is_freed_where_it_was_read_last() -> None:
 
 
 @pytest.mark.quick
-def test_memory_that_nobody_reads_is_not_asked_for() -> None:
+def test_memory_that_nobody_reads_is_not_asked_for(written: list[Any]) -> None:
     def body(x: Tensor) -> tuple[Tensor, ...]:
         torch.empty(1000)
         return (x + 1,)
 
-    sequences: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = replay._Writer.sequence
-        patch.setattr(
-            replay._Writer, "sequence", lambda self, results: sequences.append(original(self, results)) or sequences[-1]
-        )
-        call = replaying(body)
-        call(torch.ones(2)), call(torch.ones(2))
-    names = {instruction.argval for instruction in dis.get_instructions(sequences[0])}
+    call = replaying(body)
+    call(torch.ones(2)), call(torch.ones(2))
+    names = {instruction.argval for instruction in dis.get_instructions(written[0])}
     assert "empty_strided" not in names
+
+
+@pytest.mark.quick
+def test_what_launching_takes_of_pytorch_is_no_line_of_its_own(written: list[Any]) -> None:
+    """Triton asks for scratch memory by PyTorch's operators, and its interpreter copies tensors."""
+
+    class Kernel:
+        class fn:
+            __name__ = "kernel"
+
+        arg_names = ("a_ptr", "b_ptr")
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
+                b_ptr.copy_(torch.empty(0).set_(a_ptr.untyped_storage(), 0, (5,)) + 1)
+
+            return launched
+
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.empty_like(x)
+        settings: Any = SimpleNamespace(options={})
+        record.launch(
+            Kernel(), (1,), touched=(), flops=0, config=settings, device=torch.device("cpu"), a_ptr=x, b_ptr=y
+        )
+        return (y, torch.empty(0))
+
+    call = replaying(body)
+    for start in range(3):
+        x = torch.full((5,), float(start))
+        y, nothing = call(x)
+        assert torch.equal(y, x + 1) and nothing.shape == (0,)
+    (sequence,) = written
+    assert not [each for each in sequence.__globals__.values() if isinstance(each, torch._ops.OpOverload)]
 
 
 @pytest.mark.quick
