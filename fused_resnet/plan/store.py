@@ -29,6 +29,8 @@ from .target import Target
 
 VARIABLE = "FUSED_RESNET_CACHE_DIR"
 """Names another folder than the user's cache."""
+MOST_SAID = 2
+"""Of the files that are passed over, so many are named by the warning; ``python -m fused_resnet env`` names all."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def load() -> None:
         for table in found:
             tables.install(table.identity.gpu, table.identity.capability, table.to_dict())
         _loaded.set()
+    if len(complaints) > MOST_SAID:
+        complaints[MOST_SAID:] = [f"{len(complaints) - MOST_SAID} more files"]
     passed_over = [*tables.COMPLAINTS, *([f"{'; '.join(complaints)}, in {folder()}"] if complaints else [])]
     if passed_over:
         warnings.warn(

@@ -61,6 +61,8 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert store.folder() == tmp_path / ".cache" / "fused_resnet" / "tuned"
+    monkeypatch.setenv(store.VARIABLE, "~nobody-has-this-name/here")
+    assert store.folder().parts[-3:] == ("~nobody-has-this-name", "here", "tuned")
 
 
 def test_what_is_written_is_read_and_later_runs_go_first(place: Path) -> None:
@@ -193,10 +195,12 @@ def test_a_damaged_table_that_ships_is_passed_over_with_one_warning(
     assert len(said) == 1 and "passed over" in environment()
 
 
-def test_the_folder_of_an_unknown_user_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(store.VARIABLE, "~nobody-has-this-name/here")
-    assert store.folder().parts[-3:] == ("~nobody-has-this-name", "here", "tuned")
-    store.load()
+def test_of_many_damaged_files_few_are_named(place: Path) -> None:
+    for _ in range(5):
+        spoil(store.write(remembered(), store.new_run()), "cut off")
+    with pytest.warns(UserWarning, match="; 3 more files, in ") as said:
+        store.load()
+    assert str(said[0].message).count("is damaged") == 2 and environment().count("is damaged") == 5
 
 
 def test_an_unreadable_folder_is_no_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
