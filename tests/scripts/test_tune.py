@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from benchmarks.stages import tune
 from fused_resnet.explain import image_like
 from fused_resnet.plan import planner, store, tables
 from fused_resnet.plan.defaults import choices
-from fused_resnet.plan.target import H100
+from fused_resnet.plan.target import H100, INTERPRETER
 from fused_resnet.tuning.tune import chains_of
 from tests.shipped import NETWORKS
 
@@ -136,6 +136,44 @@ def test_passes_and_routes_are_measured_one_by_one(tmp_path: Path, monkeypatch: 
         assert {"staged", "reference"} <= set(times)
     assert len(stage.document["entries"]) == 2
     assert not list(tune.items(context(tmp_path)))
+    store.forget()
+
+
+class OnAGpu(DryDevice):
+    """The CPU, where the stage does what only a GPU's run does."""
+
+    dry = False
+
+
+class Compiled:
+    """In place of the processes that compile ahead: the second tile of each pass does not compile."""
+
+    jobs: ClassVar[list[Any]] = []
+
+    def __init__(self, jobs: Any, capability: int) -> None:
+        self.jobs[:] = jobs
+
+    def add(self, jobs: Any) -> None:
+        self.jobs.extend(jobs)
+
+    def wait(self, case: Any, config: Any, timeout: float) -> str:
+        return "it does not compile" if config != case.config() else ""
+
+    def stop(self) -> None:
+        pass
+
+
+def test_tiles_of_passes_over_memory_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [next(work for work in family.work(family.TINY, INTERPRETER) if work.over_memory)]
+    monkeypatch.setattr(family, "work", lambda *_: few)
+    monkeypatch.setattr(tune, "Ahead", Compiled)
+    monkeypatch.setattr(tune, "target_of", lambda context: INTERPRETER)
+    stage = harness.Context("tune", tmp_path, time.time() + 300, tmp_path / "marker", OnAGpu())
+    assert stage.run(tune.items(stage)) == 0
+    case, result = few[0].over_memory, stage.results[few[0].name]
+    assert [config for _, config in Compiled.jobs] == case.candidates()  # type: ignore[union-attr]
+    assert list(result["heats_us"]) == [result["rule"]] and list(result["refused"].values()) == ["it does not compile"]
+    assert "1 tried, 1 refused, 0 WRONG" in result["line"]
     store.forget()
 
 
