@@ -67,8 +67,10 @@ def measured_passes(folder: Path = records.FOLDER) -> list[MeasuredPass]:
     known = {case.name: case for case in passes.cases(dry=False, batch=BATCH)}
     for _, document in records.documents(folder, "tuned.json"):
         for name, result in document["results"].items():
-            if name in known and len(result.get("heats_us", {})) > 1:
-                times = {label(parsed(text, PassConfig)): us for text, us in result["heats_us"].items()}
+            heats, wrong = result.get("heats_us", {}), result.get("wrong", {})
+            right = [text for text in heats if text not in wrong] if name in known else []
+            if len(right) > 1:
+                times = {label(parsed(text, PassConfig)): heats[text] for text in right}
                 found.append(MeasuredPass(known[name].kind, name, times, label(known[name].config())))
     return found
 

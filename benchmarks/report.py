@@ -88,6 +88,15 @@ def candidates(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield item, f"{r['floor_us']:.1f}", f"{r['shipped_us']:.1f}", f"{r['candidates_us'][best]:.1f} ({best})"
 
 
+def ruled(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Of the tune stage's passes over memory: the tile that the rule takes, and the fastest."""
+    for item, r in document["results"].items():
+        if r.get("rule") and r["rule"] not in r["wrong"]:
+            heats = {tile: us for tile, us in r["heats_us"].items() if tile not in r["wrong"]}
+            best = min(heats, key=heats.__getitem__)
+            yield item, f"{heats[r['rule']]:.1f}", f"{heats[best]:.1f}", f"`{best}`"
+
+
 OTHER = ("statistics",)
 """Records that no stage makes: taken by hand, for one question."""
 SECTIONS = {
@@ -116,6 +125,9 @@ def report(folder: Path) -> str:
     for stage, (title, head, rows) in SECTIONS.items():
         if stage in results:
             parts.append(f"### {title}\n\n{table(head, list(rows(results[stage])))}")
+    over_memory = list(ruled(results["tune"])) if "tune" in results else []
+    if over_memory:
+        parts.append("### Passes over memory\n\n" + table(("pass", "the rule's, us", "fastest", "tile"), over_memory))
     if "blocks" in results:
         verdicts = results["blocks"]["results"]
         right = sum(bool(r.get("ok")) for r in verdicts.values())

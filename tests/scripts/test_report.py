@@ -181,7 +181,11 @@ class TestOneFolder:
         }})  # fmt: skip
         harness.write(tmp_path / "kernels.json", {"results": {"good": verdict, "bad": {"checks": {}, "ok": False}}})
         harness.write(tmp_path / "facts.json", {"results": {}, "ceilings": {"bytes_per_s": 3e12, "flops_per_s": 8e14}})
+        heats = {"a": 9.0, "b": 8.0, "c": 7.0}
+        passes = {"bn_act 7px 512": {"rule": "a", "heats_us": heats, "wrong": {"c": {}}}}
+        harness.write(tmp_path / "tuned.json", {"results": passes})
         text = report.report(tmp_path)
+        assert "| bn_act 7px 512 | 9.0 | 8.0 | `b` |" in text
         assert "| resnet50 | ours | 2,560 | 1.50 x | 1.0 | 1.0 % |" in text
         assert "| good | 30 | 10 | 3.00 (!) | 9 + 4 |" in text and "| bad | wrong |" in text
         assert "3.00 TB/s" in text
