@@ -56,9 +56,9 @@ class Kinds(Generic[Found]):
         return None
 
     def remember(self, key: Hashable, tensors: Sequence[Tensor], found: Found) -> None:
-        if len({id(t) for t in tensors}) < len(tensors):
-            return  # the guard takes no tensor for two
-        if self._count == LIMIT:
+        if len({id(t) for t in tensors}) < len(tensors) or _holds_tensor(key):
+            return  # the guard takes no tensor for two, and a number in a tensor is another one tomorrow
+        if self._count >= LIMIT:
             self.clear()
         self._count += 1
         self._found.setdefault(key, []).append((Alike(tensors, self._aligned), found))
@@ -66,3 +66,7 @@ class Kinds(Generic[Found]):
     def clear(self) -> None:
         self._found.clear()
         self._count = 0
+
+
+def _holds_tensor(key: Hashable) -> bool:
+    return isinstance(key, Tensor) or (isinstance(key, tuple) and any(map(_holds_tensor, key)))

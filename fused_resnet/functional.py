@@ -169,7 +169,7 @@ def bn_add_relu(
     channels_last = is_channels_last(y)
     y, residual = nhwc(y), None if residual is None else nhwc(residual.to(y.dtype))
     keeps_mask = relu and residual is not None and needs_grad(y, residual, bn.weight, bn.bias)
-    settings = (bn.training, momentum_of(bn), bn.eps, relu, sm_count, interpreter, keeps_mask, bn.sync)
+    settings = (bn.training, momentum_of(bn), float(bn.eps), relu, sm_count, interpreter, keeps_mask, bn.sync)
     out = bn_act_op.bn_act(settings, y, residual, *bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
@@ -212,7 +212,7 @@ def stem(
         return torch.nn.functional.max_pool2d(plain.layer(x, (conv, bn), None, True), 3, 2, 1)
     channels_last = is_channels_last(x) or is_channels_last(weight)
     count_first(bn)
-    out = stem_op.stem(text, momentum_of(bn), bn.eps, nhwc(x.to(dtype)), weight, *bn_tensors(bn))
+    out = stem_op.stem(text, momentum_of(bn), float(bn.eps), nhwc(x.to(dtype)), weight, *bn_tensors(bn))
     return out if channels_last else out.contiguous()
 
 
@@ -317,7 +317,7 @@ def _settle(
     return _Settled(
         text,
         tuple([momentum_of(bn) for _, bn in everything]),
-        tuple([bn.eps for _, bn in everything]),
+        tuple([float(bn.eps) for _, bn in everything]),
         any(t.dtype != dtype or not t.is_contiguous(memory_format=torch.channels_last) for t in images),
         any(bn.momentum is None for _, bn in everything),
         is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),

@@ -156,3 +156,22 @@ def test_kinds_without_end_are_forgotten() -> None:
     assert kinds.find(0, [t]) == 0
     kinds.remember(LIMIT, [t], LIMIT)
     assert kinds.find(0, [t]) is None and kinds.find(LIMIT, [t]) == LIMIT
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+@pytest.mark.parametrize("kind", [lambda: Block(16, 4), lambda: fr.Stem(16, 8), lambda: fr.BNAddReLU(16)])
+def test_a_number_in_a_tensor_that_is_edited(name: str, kind: Callable[[], nn.Module]) -> None:
+    """PyTorch's BatchNorm takes its momentum and eps as tensors, too."""
+    results = []
+    for route in ("auto", "reference"):
+        torch.manual_seed(0)
+        block, x = kind().double(), torch.randn(2, 16, 4, 3, dtype=torch.float64)
+        norm = next(module for module in block.modules() if isinstance(module, nn.BatchNorm2d))
+        number = torch.tensor(0.1)
+        setattr(norm, name, number)
+        with fr.use_route(route):
+            for value in (0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.2):
+                number.fill_(value)
+                out = block(x)
+        results.append([out, norm.running_mean, norm.running_var])
+    torch.testing.assert_close(*results)
