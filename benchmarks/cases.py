@@ -146,7 +146,7 @@ class ConvCase:
             t["shortcut"] = image(p.Co, p.P, p.Q)
             t["bits"] = empty_bits(t["shortcut"].shape, t["shortcut"].device)
         if self.gram and self.kind in ("dgrad", "wgrad"):
-            t |= centring.of_gradients(p, self.kind, device, acc)
+            t |= centring.of_gradients(p, self.kind, t["w"], acc)
         if self.kind == "gram" and has_pivot(p.dtype):
             t["pivot"] = self.pivot(t)
         return t

@@ -44,13 +44,18 @@ def taken_off(pivot: torch.Tensor, affine: torch.Tensor | None, dtype: torch.dty
     return (torch.where(exact, row, 0.0) if dtype.itemsize == 2 else row).to(dtype)
 
 
-def of_gradients(p: ConvProblem, kind: str, device: str, acc: torch.dtype) -> Tensors:
+def of_gradients(p: ConvProblem, kind: str, w: torch.Tensor, acc: torch.dtype) -> Tensors:
     """The inputs of "wgrad" or "dgrad" beside the tensors: matrices, and the bias or the means in its place."""
     t: Tensors = {}
+    device = str(w.device)
     if is_centred(p.dtype):
         t["mean"] = tensors.channels(1, p.Ci, device, acc)[0]
     if kind == "dgrad":
         t["products"] = tensors.products(p.Ci, getattr(torch, p.dtype), device)
+        t["aw"] = w.flatten(1)
+        if not is_centred(p.dtype):  # a second term that does not count, as for ordinary data
+            t["aw"] = torch.stack([t["aw"], torch.zeros_like(t["aw"])])
+            t["aw terms"] = torch.ones(1, dtype=torch.int32, device=device)
         if is_centred(p.dtype):
             t["sum dz"] = tensors.channels(1, p.Co, device, acc)[0]
         else:
@@ -62,9 +67,11 @@ def of_gradients(p: ConvProblem, kind: str, device: str, acc: torch.dtype) -> Te
 
 def dgrad(t: Tensors, y: torch.Tensor, stats: torch.Tensor | None, config: GemmConfig, **more: Any) -> Any:
     """``gram_dgrad`` of what ``t`` has."""
-    matrices = t["w"].flatten(1), t["products"], t.get("bias")
+    matrices = t["aw"], t["products"], t.get("bias")
     means = (t["sum dz"], t["mean"]) if "mean" in t else None
-    return gram_dgrad(t["dy"], y, *matrices, stats, config, scales=t.get("scales"), means=means, **more)
+    return gram_dgrad(
+        t["dy"], y, *matrices, stats, config, aw_terms=t.get("aw terms"), scales=t.get("scales"), means=means, **more
+    )
 
 
 def centred(x: torch.Tensor, t: Tensors) -> torch.Tensor:

@@ -9,10 +9,10 @@ GRAM, FINISH, WGRAD, BITS = "kernels.gram", "kernels.gram_bn", "kernels.gram_wgr
 BUGS = [
     Bug(
         "the bias from C W, not from the matrices as rounded",
-        "launch.gram_bn",
-        "        aw_ptr=aw,\n        p_ptr=product,\n        dbeta_ptr",
+        "launch.gram_bn_grad",
+        "        aw_ptr=aw,\n        aw_terms_ptr=aw_terms,\n        p_ptr=product,\n        dbeta_ptr",
         "        aw_ptr=(exact := stats[2][:, None] * weight.flatten(1).to(acc_dtype))"
-        " * (scales[0] if scaled else 1),\n"
+        " * (scales[0] if scaled else 1),\n        aw_terms_ptr=aw_terms,\n"
         "        p_ptr=torch.cat([weight.flatten(1).to(acc_dtype).T @ (share[:, None] * exact), 0 * product[1]])"
         " * (scales[1] if scaled else 1),\n        dbeta_ptr",
         ("a gradient of mean 30, float16",),
@@ -75,6 +75,27 @@ BUGS = [
         "plan.gram.centres",
         "False",
         ("a pooled gradient, float32",),
+    ),
+    Bug(
+        "one term of A∘W, whatever the data",
+        "launch.gram_bn_grad",
+        "LEAST=LEAST",
+        "LEAST=0.0",
+        ("nearly equal channels, float16", "filters orthogonal to the data, bfloat16"),
+    ),
+    Bug(
+        "a second term of A∘W that is nothing",
+        "kernels.gram_bn_grad",
+        "rest = (aw - widened(rounded, ACC))",
+        "rest = (aw - aw)",
+        ("nearly equal channels, float16",),
+    ),
+    Bug(
+        "dz multiplied by the first term of A∘W alone",
+        "kernels.gram_dgrad",
+        "reach *= tl.load(aw_terms_ptr)",
+        "reach *= 1",
+        ("nearly equal channels, float16",),
     ),
     Bug("one long accumulation", GRAM, "if step % FLUSH == FLUSH - 1:", "if step < 0:", ("truncated sums",)),
     Bug(

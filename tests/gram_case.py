@@ -63,16 +63,21 @@ def statistics(case, config=SMALL, **running):
 
 
 def gradients(case, config=SMALL, out_dtype=None):
-    stats, v, m = statistics(case, config)
+    stats, v, moments = statistics(case, config)
     acc = accumulation(case.x.dtype)
     dz, a = matrix(case.dz), matrix(case.a)
     t, sum_dz = (dz.T @ a).to(acc), dz.sum(0).to(acc)
-    return gram_backward(t, v, m, stats, case.weight, sum_dz, len(dz), out_dtype=out_dtype or acc)
+    return gram_backward(t, v, moments, stats, case.weight, sum_dz, len(dz), out_dtype=out_dtype or acc)
+
+
+def whole_aw(grads):
+    """A∘W as its terms that count add up, in float64, times its scale."""
+    return grads.aw.double() if grads.aw_terms is None else grads.aw.double()[: int(grads.aw_terms)].sum(0)
 
 
 def input_gradient(case, grads):
     """da as gram_dgrad forms it, in float64."""
-    aw, p = grads.aw.double(), grads.p.double().sum(0)
+    aw, p = whole_aw(grads), grads.p.double().sum(0)
     if grads.scales is not None:
         aw, p = aw / grads.scales[0].double(), p / grads.scales[1].double()
     return matrix(case.dz) @ aw + matrix(case.a) @ p + grads.bias.double()
@@ -103,18 +108,43 @@ def check_gradients(case, tolerance, operand_tolerance=None, config=SMALL):
 
 
 def check_statistics(case, tolerance=None):
-    stats, v, m = statistics(case)
+    stats, v, moments = statistics(case)
     tolerance = tolerance or EXACT[case.x.dtype]
     a, weight = matrix(case.a), case.weight.double().flatten(1)
     y = a @ weight.T
     var = y.var(0, unbiased=False)
     rstd = (var + EPS) ** -0.5
-    assert relative(m, a.mean(0)) < tolerance
+    mean, *spread = moments.split([len(weight.T), *[len(weight)] * (moments.numel() > len(weight.T)) * 2])
+    assert relative(mean, a.mean(0)) < tolerance
+    assert len(spread) == (2 if case.x.element_size() == 2 else 0)
+    for found, expected in zip(spread, (var, weight.square() @ a.var(0, unbiased=False)), strict=False):
+        assert relative(found, expected) < tolerance
     assert relative(v, weight @ a.T.cov(correction=0)) < tolerance
     mean = y.mean(0)
     scale = case.gamma.double() * rstd
     for row, expected in zip(stats, (mean, rstd, scale, case.beta.double() - mean * scale), strict=True):
         assert relative(row, expected) < tolerance
+
+
+def shared_case(dtype, device):
+    """Channels that share most of what they are, and filters that cancel it: one term of A∘W would turn them."""
+    case = make_case((3, 5, 5), 20, 40, dtype, device, dz_mean=3.0)
+    x = (case.x[:, :1].double() + 0.05 * case.x.double()).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (case.weight.double() - case.weight.double().mean(1, keepdim=True)).to(dtype)
+    affine = torch.ones_like(case.input_affine)
+    return case._replace(x=x, weight=weight.contiguous(memory_format=torch.channels_last), input_affine=affine)
+
+
+def check_second_term(case):
+    """Both terms count, are worth an exact A∘W, and P and the bias are of their sum."""
+    grads, weight = gradients(case), case.weight.double().flatten(1)
+    assert int(grads.aw_terms) == 2
+    scale = 1.0 if grads.scales is None else grads.scales[0].double()
+    exact = statistics(case)[0][2].double()[:, None] * weight * scale
+    assert torch.equal(grads.aw[0], exact.to(case.x.dtype))
+    assert relative(whole_aw(grads), exact) < 2e-5
+    assert relative(input_gradient(case, grads), reference(case)[0]) < 2e-4
+    check_terms(case)
 
 
 def check_terms(case):
@@ -123,7 +153,7 @@ def check_terms(case):
     grads, weight = gradients(case), case.weight.double().flatten(1)
     share = -stats[1].double() * grads.dgamma.double() / len(matrix(case.x))
     scale = 1.0 if grads.scales is None else (grads.scales[1] / grads.scales[0]).double()
-    exact, p = weight.T @ (share[:, None] * grads.aw.double()) * scale, case.x.shape[1]
+    exact, p = weight.T @ (share[:, None] * whole_aw(grads)) * scale, case.x.shape[1]
     assert grads.p.shape == (2, p, p) and grads.p.dtype == case.x.dtype
     assert relative(grads.p[0], exact) < 1.01 * relative(exact.to(case.x.dtype), exact)
     assert relative(grads.p.double().sum(0), exact) < 2e-5

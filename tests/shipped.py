@@ -23,7 +23,7 @@ from fused_resnet.launch import (
     cast,
     frozen_grad,
     gram,
-    gram_bn,
+    gram_bn_grad,
     nhwc,
     stem_conv,
     stem_pool,
@@ -220,13 +220,14 @@ def _gram(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
         gram_wgrad(out, bits, x, affine, masked, store_dz=store_dz, input_mean=mean)
     kept = None if plan.centres else m
     small = gram.gram_backward(products, v, kept, stats, w, row, p.M, out_dtype=torch.float32)
-    gram_sums(products, m, stats, w, row, p.M, centred=plan.centres)
-    others = gram_bn.Others(_gathered(RANKS[0], p.Co), m)
+    gram_sums(products, m[: p.Ci], stats, w, row, p.M, centred=plan.centres)
+    others = gram_bn_grad.Others(_gathered(RANKS[0], p.Co), m)
     gram.gram_backward(products, v, kept, stats, w, row, p.M, out_dtype=torch.float32, others=others)
     below, means = _rows(4, p.Ci), (row, m) if plan.centres else None
     for mask in (None, empty_bits(out.shape, out.device)):
         matrices = small.aw, small.p, small.bias
-        gram_dgrad(out, x, *matrices, below, plan.dgrad, scales=small.scales, bits=mask, means=means)
+        scaled = {"aw_terms": small.aw_terms, "scales": small.scales}
+        gram_dgrad(out, x, *matrices, below, plan.dgrad, bits=mask, means=means, **scaled)
 
 
 def _weights(p: ConvProblem, dtype: torch.dtype) -> None:
@@ -262,13 +263,13 @@ def _gram_projection(p: ConvProblem, target: Target, dtype: torch.dtype) -> None
             epilogue = {"output_affine": wide, "projection": joining, "relu": True, "bits": written}
             conv_fprop(of_y, weight, last, config, input_affine=prologue, **epilogue)
     conv_wgrad(x, dz, p, plan.projection.wgrad, input_mean=mean, out_dtype=torch.float32)
-    aw, products = (
-        torch.empty((p.Co, p.Ci), dtype=dtype, device="meta"),
-        torch.empty((1 + (dtype.itemsize == 2), p.Ci, p.Ci), dtype=dtype, device="meta"),
-    )
+    aw = torch.empty((2, p.Co, p.Ci)[dtype.itemsize > 2 :], dtype=dtype, device="meta")
+    products = torch.empty((1 + (dtype.itemsize == 2), p.Ci, p.Ci), dtype=dtype, device="meta")
+    aw_terms = torch.empty((1,), dtype=torch.int32, device="meta") if dtype.itemsize == 2 else None
     scales = _rows(1, 2)[0] if dtype == torch.float16 else None
     bias, means = (None, (row, mean)) if plan.centres else (_rows(1, p.Ci)[0], None)
-    gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, scales=scales, stride=p.stride, means=means)
+    scaled = {"aw_terms": aw_terms, "scales": scales}
+    gram_dgrad(dz, x, aw, products, bias, None, plan.projection.dgrad, stride=p.stride, means=means, **scaled)
 
 
 def _single(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:

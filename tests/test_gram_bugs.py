@@ -67,6 +67,8 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "filters orthogonal to the data, float32": scenario(frightening.orthogonal, torch.float32, projected_block),
     "far from zero, float16 sums cut off": far_with_sums_cut_off,
     "a projection far from zero, float16 sums cut off": far_projection_with_sums_cut_off,
+    "nearly equal channels, float16": scenario(frightening.nearly_equal, torch.float16),
+    "filters orthogonal to the data, bfloat16": scenario(frightening.orthogonal, torch.bfloat16, projected_block),
     "correlated channels, float16": scenario(frightening.correlated, torch.float16),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
     "many rows, float16": scenario(frightening.long, torch.float16),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..launch.gram_bn import moments_size
 from ..launch.nhwc import nhwc
 from ..plan.plans import ChainProblem, decode
 from ..plan.problem import ConvProblem
@@ -48,7 +49,7 @@ SAVED = ("Tensor? weight", "Tensor? gamma", "Tensor? beta", "Tensor y", "Tensor 
 BACKWARD_SCHEMA = (
     "chain_backward(str plan, bool[] needs, Tensor dout, Tensor x, Tensor mask, "
     + ", ".join(f"{field}{i}" for field in SAVED for i in range(SLOTS))
-    + ", Tensor input_mean, Tensor projection_mean, Tensor a1) -> ("
+    + ", Tensor moments, Tensor projection_moments, Tensor a1) -> ("
     + ", ".join(["Tensor"] * (2 + 3 * SLOTS))
     + ")"
 )
@@ -109,7 +110,7 @@ def _chain_forward(
     if "y1" in decoded.problem.recompute:
         ys[0] = _none(x)
     mask = _no_mask(x) if saved.mask is None else saved.mask
-    kept = (saved.input_mean, saved.projection_mean, saved.a1) if decoded.problem.backward else (None, None, None)
+    kept = (saved.moments, saved.projection_moments, saved.a1) if decoded.problem.backward else (None, None, None)
     return out, mask, *ys, *stats, *(_none(x) if t is None else t for t in kept)
 
 
@@ -136,21 +137,21 @@ def _chain_forward_fake(
                 ys[slot] = _image(x, n, conv.Co, conv.P, conv.Q)
     if "y1" in problem.recompute:
         ys[0] = _none(x)
-    means = [_none(x), _none(x)]
+    moments = [_none(x), _none(x)]
     unwritten = [(len(problem.convs) - 1, last)] if decoded.gram is not None else []
     if decoded.gram_projection is not None and problem.projection is not None:
         unwritten.append((SLOTS - 1, problem.projection))
     if problem.backward:
         for i, (slot, conv) in enumerate(unwritten):
             ys[slot] = torch.empty((conv.Co, conv.Ci), dtype=dtype, device=x.device)
-            means[i] = torch.empty((conv.Ci,), dtype=dtype, device=x.device)
+            moments[i] = torch.empty((moments_size(conv.Co, conv.Ci, x.dtype),), dtype=dtype, device=x.device)
     mask = empty_mask(decoded, x)
     mask = _no_mask(x) if mask is None else mask
     a1 = _none(x)
     if decoded.keeps_a1:
         first = problem.convs[0]
         a1 = _image(x, n, first.Co, first.P, first.Q)
-    return _image(x, n, last.Co, last.P, last.Q), mask, *ys, *stats, *means, a1
+    return _image(x, n, last.Co, last.P, last.Q), mask, *ys, *stats, *moments, a1
 
 
 # ---------------------------------------------------------------- backward
@@ -173,14 +174,14 @@ def _chain_backward(
     assert decoded.problem is not None
     dout = nhwc(dout)
     weights, gammas, betas, ys, stats = _by_field(saved)
-    input_mean, projection_mean, a1 = saved[len(SAVED) * SLOTS :]
+    moments, projection_moments, a1 = saved[len(SAVED) * SLOTS :]
     slots = _slots(decoded.problem)
     parameters = [weight for weight in (weights[slot] for slot in slots) if weight is not None]
     layers = [
         Layer(read, gammas[slot], betas[slot], None, None, None, 0.0, 0.0, parameter.dtype)
         for slot, read, parameter in zip(slots, operands(parameters, x.dtype), parameters, strict=True)
     ]
-    formed = (_or_none(input_mean), _or_none(projection_mean), _or_none(a1))
+    formed = (_or_none(moments), _or_none(projection_moments), _or_none(a1))
     kept = Saved(_or_none(mask), [_or_none(ys[i]) for i in slots], [stats[i] for i in slots], *formed)
     wanted = [Needs(needs[2 + 3 * i], needs[3 + 3 * i] or needs[4 + 3 * i]) for i in slots]
     dx, dresidual, grads = staged_backward.backward(decoded, dout, x, layers, kept, wanted, needs[0], needs[1])

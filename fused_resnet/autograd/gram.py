@@ -16,7 +16,7 @@ from ..launch.collective import all_gather
 from ..launch.conv_fprop import Projection, conv_fprop
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.gram import GramGrads, gram, gram_backward, gram_finalize
-from ..launch.gram_bn import Others
+from ..launch.gram_bn_grad import Others
 from ..launch.gram_dgrad import gram_dgrad
 from ..launch.gram_rows import gram_sums
 from ..launch.gram_wgrad import gram_wgrad
@@ -27,11 +27,14 @@ Tensor = torch.Tensor
 
 
 class Kept(NamedTuple):
-    """Of a conv output that was never written: ``stats`` [4, q], ``covariance`` W Cov [q, p], ``input_mean`` [p]."""
+    """Of a conv output that was never written: ``stats`` [4, q], ``covariance`` W Cov [q, p], and ``moments``.
+
+    The latter are those of ``gram_finalize``; of wide data, the mean of its input alone.
+    """
 
     stats: Tensor
     covariance: Tensor
-    input_mean: Tensor
+    moments: Tensor
 
 
 class Behind(NamedTuple):
@@ -153,7 +156,7 @@ def backward(
     """
     assert plan.gram is not None
     problem = plan.convs[-1].problem
-    input_mean = kept.input_mean if plan.gram.centres else None
+    input_mean = kept.moments if plan.gram.centres else None
     if reduced is None:
         assert mask is not None and plan.gram.masked_wgrad is not None
         products, sum_dz, written = gram_wgrad(
@@ -180,7 +183,9 @@ def backward(
         if wants_dgrad:
             matrices, config = (small.aw, small.p, small.bias), plan.gram.dgrad
             means = None if input_mean is None else (small.owed, input_mean)
-            dx, tiles = gram_dgrad(dz, y, *matrices, y_stats, config, scales=small.scales, bits=bits, means=means)
+            dx, tiles = gram_dgrad(
+                dz, y, *matrices, y_stats, config, aw_terms=small.aw_terms, scales=small.scales, bits=bits, means=means
+            )
             assert tiles is not None
             below = Reduced(dx, tiles)
     return grads, Behind(dz, sum_dz, bits), below
@@ -193,7 +198,7 @@ def projection_backward(
     assert plan.gram_projection is not None and plan.projection is not None
     configs, problem, dz = plan.gram_projection, plan.projection.problem, behind.dz
     assert plan.gram is not None
-    input_mean = kept.input_mean if plan.gram.centres else None
+    input_mean = kept.moments if plan.gram.centres else None
     products = conv_wgrad(x, dz, problem, configs.wgrad, input_mean=input_mean, out_dtype=kept.stats.dtype)
     # A copy, because the sum is the gradient of the other layer's beta as well.
     wants_dy = needs.weight or wants_dgrad
@@ -203,7 +208,15 @@ def projection_backward(
         matrices = small.aw, small.p, small.bias
         means = None if input_mean is None else (small.owed, input_mean)
         dx, _ = gram_dgrad(
-            dz, x, *matrices, None, configs.dgrad, scales=small.scales, stride=problem.stride, means=means
+            dz,
+            x,
+            *matrices,
+            None,
+            configs.dgrad,
+            aw_terms=small.aw_terms,
+            scales=small.scales,
+            stride=problem.stride,
+            means=means,
         )
     return _wanted(small, needs), dx
 
@@ -215,13 +228,15 @@ def _small(
     assert plan.gram is not None and plan.problem is not None
     centred, sync, others = plan.gram.centres, plan.problem.sync, None
     if sync:
-        packed = gram_sums(products, kept.input_mean, kept.stats, layer.weight, sum_dz, rows, centred=centred)
+        packed = gram_sums(
+            products, kept.moments[: layer.weight.shape[1]], kept.stats, layer.weight, sum_dz, rows, centred=centred
+        )
         # Without anybody who wants dy nobody else is asked: gradients of parameters are by this process's rows alone.
-        others = Others(all_gather(packed, sync) if wants_dy else packed[None], kept.input_mean)
+        others = Others(all_gather(packed, sync) if wants_dy else packed[None], kept.moments)
     return gram_backward(
         products,
         kept.covariance,
-        None if centred else kept.input_mean,
+        None if centred else kept.moments,
         kept.stats,
         layer.weight,
         sum_dz,

@@ -140,9 +140,9 @@ def backward(
             )
         )
     if gram:
-        y, covariance, input_mean = saved.ys[last - 1], saved.ys[last], saved.input_mean
-        assert y is not None and covariance is not None and input_mean is not None
-        kept = gram_route.Kept(saved.stats[last], covariance, input_mean)
+        y, covariance, moments = saved.ys[last - 1], saved.ys[last], saved.moments
+        assert y is not None and covariance is not None and moments is not None
+        kept = gram_route.Kept(saved.stats[last], covariance, moments)
         y_stats, wants_dgrad = saved.stats[last - 1], lowest < last
         grads[last], behind, pending = gram_route.backward(
             plan, layers[last], kept, y, y_stats, needs[last], dout, saved.mask, reduced, wants_dgrad
@@ -178,9 +178,9 @@ def backward(
         dx_residual, residual_bits = dz_out, behind.bits if behind is not None else None
     elif wants_projection and not projects_staged:
         assert plan.projection is not None and behind is not None
-        covariance, projection_mean = saved.ys[-1], saved.projection_mean
-        assert covariance is not None and projection_mean is not None
-        kept = gram_route.Kept(saved.stats[-1], covariance, projection_mean)
+        covariance, projection_moments = saved.ys[-1], saved.projection_moments
+        assert covariance is not None and projection_moments is not None
+        kept = gram_route.Kept(saved.stats[-1], covariance, projection_moments)
         grads[-1], dx_residual = gram_route.projection_backward(
             plan, layers[-1], kept, x, needs[-1], behind, wants_dgrad=needs_x
         )

@@ -30,16 +30,16 @@ class Saved(NamedTuple):
     ``mask`` is the last ReLU's, in bits, where the plan keeps it. ``ys`` are the convs' raw outputs, or with frozen
     statistics their activations (the last one's is the output, and its place is None); ``stats`` are [4, C] rows mean,
     rstd, scale, shift. The projection, if any, comes last in both. On the Gram route the last conv has no output: its
-    place in ``ys`` holds W Cov [q, p]; ``input_mean`` is its input's. The same holds for a projection on it,
-    with ``projection_mean``. What the plan recomputes arrives as None; ``a1`` is the second convolution's input as
+    place in ``ys`` holds W Cov [q, p]; ``moments`` are gram_finalize's. The same holds for a projection on it,
+    with ``projection_moments``. What the plan recomputes arrives as None; ``a1`` is the second convolution's input as
     formed, where the plan keeps it.
     """
 
     mask: Tensor | None
     ys: list[Tensor | None]
     stats: list[Tensor]
-    input_mean: Tensor | None = None
-    projection_mean: Tensor | None = None
+    moments: Tensor | None = None
+    projection_moments: Tensor | None = None
     a1: Tensor | None = None
 
 
@@ -108,20 +108,20 @@ def _forward_batch(plan: Plan, x: Tensor, residual: Tensor | None, layers: Seque
         stats.append(pending)
     assert pending is not None
     mask = empty_mask(plan, x)
-    means: list[Tensor | None] = [None, None]
+    moments: list[Tensor | None] = [None, None]
     if plan.gram is not None:
         out, *kept = gram_route.forward(plan, layers[last], y, pending, residual, residual_stats, layers[-1], x, mask)
         for i, each in enumerate(kept):
             if each is not None:
                 ys.append(each.covariance)
                 stats.append(each.stats)
-                means[i] = each.input_mean
+                moments[i] = each.moments
     else:
         out = passes.act(y, pending, residual, residual_stats, plan.problem.relu, mask)
     if residual_stats is not None:
         ys.append(residual)
         stats.append(residual_stats)
-    return out, Saved(mask, ys, stats, means[0], means[1], a1)
+    return out, Saved(mask, ys, stats, moments[0], moments[1], a1)
 
 
 def _forward_frozen(plan: Plan, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Saved]:

@@ -2,13 +2,15 @@
 
     da = dz·AW + a·P + bias,   AW = A∘W [q, p],   P = Wᵀ(S∘A∘W) [p, p],   a = relu(y*scale + shift), rounded
 
-is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. P comes in one term, or in two that add up. The ReLU
+is what dgrad makes of dy = A*dz + B*y3 + C, without y3 = a·Wᵀ. P comes in one term, or in two that add up, and so does
+AW, of which ``aw_terms`` count: the device decides (gram_bn_grad.py), and most often the second is not read. The ReLU
 that made a then masks da. A projection reads the block's input as it is: then a = y, of which it may sample every
 stride-th pixel, and da is the result.
 
 Reads   dz [M, q], or dout [M, q] and bits [M, ceil(q / 8)] (see bits.py): dz is dout where they are set, else zero;
-        y [M, p] (raw, before its BatchNorm), AW, P [terms, p, p], bias [p], stats [4, p] of y, scales [2]; or, in
-        place of the bias, what it stands for: sum dz [q] and the mean of a [p], subtracted from wide data on load.
+        y [M, p] (raw, before its BatchNorm), AW [terms, q, p], aw_terms [1], P [terms, p, p], bias [p], stats [4, p] of
+        y, scales [2]; or, in place of the bias, what it stands for: sum dz [q] and the mean of a [p], subtracted from
+        wide data on load.
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
         sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
@@ -67,6 +69,7 @@ def gram_dgrad_kernel(
     bits_ptr,
     y_ptr,
     aw_ptr,
+    aw_terms_ptr,
     p_ptr,
     bias_ptr,
     stats_ptr,
@@ -90,6 +93,7 @@ def gram_dgrad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_AW_TERMS: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     TERMS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -130,7 +134,18 @@ def gram_dgrad_kernel(
     # Transposed: y*scale + shift then goes to shared memory straight from the layout it was loaded in, and the bias and
     # the rounding are few registers' work.
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    for k0 in range(0, Q, BLOCK_K):
+    # Both terms of AW stand below each other, and dz comes round for the second; a scalar says if it has to.
+    padded = Q if EVEN_Q else tl.cdiv(Q, BLOCK_K) * BLOCK_K
+    reach = padded
+    if HAS_AW_TERMS:
+        reach *= tl.load(aw_terms_ptr)
+    for start in range(0, reach, BLOCK_K):
+        k0, row_aw = start, start
+        if HAS_AW_TERMS:
+            # The hint, without which bits are loaded by twos: 2 q is no multiple of BLOCK_K that the compiler knows.
+            k0 = tl.multiple_of(tl.where(start < padded, start, start - padded), BLOCK_K)
+            if not EVEN_Q:
+                row_aw = tl.where(start < padded, k0, k0 + Q)
         mask_k = offs_k < Q - k0
         if EVEN_Q:
             dz = tl.load(dz_base + k0 + dz_offs)
@@ -145,7 +160,7 @@ def gram_dgrad_kernel(
             dz = tl.where(unpack_bits(packed), dz, 0.0).to(dz.dtype)
         if HAS_MEANS:
             dz -= (tl.load(sum_dz_ptr + k0 + offs_k, mask=mask_k, other=0.0) / M)[None, :]
-        aw = load_matrix(aw_ptrs + k0 * P, mask_k, mask_n, EVEN_Q, EVEN_N)
+        aw = load_matrix(aw_ptrs + row_aw * P, mask_k, mask_n, EVEN_Q, EVEN_N)
         acc = tl.dot(tl.trans(aw), tl.trans(dz), acc, input_precision=PRECISION, out_dtype=ACC)
 
     if HAS_SCALES:

@@ -1,7 +1,7 @@
 """Sums along the rows of T = dzᵀa: what the gradient of a BatchNorm's weight needs where its statistics are by Gram.
 
 Statistics may be of the rows of several processes, N in all. Then mean, rstd, A and S are by all of them, and G, m, V,
-T, dbeta and D = T - dbeta ⊗ m (gram_bn.py) by the M rows of this process. With off = W m - mean:
+T, dbeta and D = T - dbeta ⊗ m (gram_bn_grad.py) by the M rows of this process. With off = W m - mean:
 
     S2 = Σ dz (y - mean) = rowsum(W ∘ D) + dbeta * off        summed over processes, as S1 = Σ dz is
     S = -rstd² * S2 / N,   dy = A (dz - S1 / N) + A S (y - mean)
@@ -12,7 +12,7 @@ y - mean is y - W m of a centred input, plus off. So the mean of dz that dy subt
     dW = Σ dy ⊗ a = A∘(T - owed ⊗ m) + (M S A)∘V
     da = dy W = dz (A∘W) + a P + bias,   bias = -(owed / M) (A∘W) - m P
 
-and nothing but S1 and S2 travels. Of one process alone off is 0 and owed is dbeta, as gram_bn.py has it.
+and nothing but S1 and S2 travels. Of one process alone off is 0 and owed is dbeta, as gram_bn_grad.py has it.
 
     gram_sums_kernel   T -> packed [2 q + 1], what bn_sync_grad_pack makes of tiles: dbeta, that sum, count
 """

@@ -1,4 +1,4 @@
-"""Launcher of the Gram matrix; the rest of its route, from gram_bn.py, is imported from here as well."""
+"""Launcher of the Gram matrix; its route's others, of gram_bn.py and gram_bn_grad.py, are imported from here too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ..plan.config import GemmConfig
 from ..plan.gram import FLUSH_ROWS, gram_reduce_config, gram_tiles
 from ..plan.passes import VECTOR_BYTES, WARP, ceil_div
 from .check import require_nhwc, require_rows, triton_dtype
-from .gram_bn import GramGrads, gram_backward, gram_dtype, gram_finalize, product_precision, require_pivot
+from .gram_bn import gram_dtype, gram_finalize, product_precision, require_pivot
+from .gram_bn_grad import GramGrads, gram_backward
 from .record import launch
 
 __all__ = ["GramGrads", "gram", "gram_backward", "gram_finalize"]

@@ -1,15 +1,12 @@
-"""Launchers of BatchNorm from a Gram matrix: statistics before the convolution runs, gradients without its output."""
+"""Launches BatchNorm's statistics from a Gram matrix, before the convolution runs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import triton.language as tl
 
-from ..kernels.gram_bn import gram_backward_kernel, gram_bias_kernel, gram_finalize_kernel, gram_product_kernel
-from ..plan.gram import gram_bias_config, gram_finalize_config, gram_product_config, gram_rows_config
-from ..plan.passes import ceil_div, next_power_of_2
+from ..kernels.gram_bn import gram_finalize_kernel
+from ..plan.gram import gram_finalize_config
+from ..plan.passes import ceil_div
 from .bn_stats import _require_channels
 from .check import (
     CUMULATIVE,
@@ -23,30 +20,6 @@ from .check import (
     triton_dtype,
 )
 from .record import launch
-
-MOST_RANKS = 32
-"""Processes whose sums a program adds up at once."""
-
-
-class GramGrads(NamedTuple):
-    """What :func:`gram_backward` computes. ``aw`` and ``p`` are multiplied by ``scales`` where those are not None."""
-
-    dw: torch.Tensor
-    dgamma: torch.Tensor
-    dbeta: torch.Tensor
-    aw: torch.Tensor
-    p: torch.Tensor
-    bias: torch.Tensor | None
-    scales: torch.Tensor | None
-    owed: torch.Tensor
-
-
-class Others(NamedTuple):
-    """What statistics over the processes of a group take of them: ``gathered`` [R, 2 q + 1], the rows that
-    :func:`gram_sums` makes. ``input_mean`` [p] is that of this process's rows alone."""
-
-    gathered: torch.Tensor
-    input_mean: torch.Tensor
 
 
 def gram_finalize(
@@ -66,7 +39,10 @@ def gram_finalize(
     input_affine: torch.Tensor | None = None,
     packs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(stats [4, q], V = W Cov [q, p], its input's mean [p]) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
+    """(stats [4, q], V = W Cov [q, p], moments) of a convolution with ``weight`` [q, p, 1, 1], as rounded.
+
+    ``moments`` are its input's mean [p], and of 16-bit data, behind it, y's variance [q] and what that would be if the
+    input's channels shared nothing [q]: [p + 2 q] in all.
 
     ``g`` and ``c`` are :func:`gram`'s, and ``pivot``, ``input_affine`` what it had, if it had a pivot. The BatchNorm
     arguments are those of ``bn_finalize``, which this replaces; with ``packs`` they are not looked at, and in place of
@@ -91,15 +67,30 @@ def gram_finalize(
     else:
         _require_channels(stats, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     v = torch.empty((q, p), dtype=acc_dtype, device=g.device)
-    m = torch.empty((p,), dtype=acc_dtype, device=g.device)
+    moments = torch.empty((moments_size(q, p, weight.dtype),), dtype=acc_dtype, device=g.device)
     parts = 3 if weight.dtype == torch.bfloat16 else 0
     wide, interpreter = g.dtype == torch.float64, g.device.type == "cpu"
     config = gram_finalize_config(p, parts=parts, wide=wide, interpreter=interpreter)
-    running = [t for t in (running_mean, running_var) if t is not None]
+    updated = [counter, *(t for t in (running_mean, running_var) if t is not None)]
     launch(
         gram_finalize_kernel,
         (ceil_div(q, config.block_m),),
-        touched=(g, c, pivot, input_affine, weight, gamma, beta, counter, counter, stats, v, m, *running, *running),
+        touched=(
+            g,
+            c,
+            pivot,
+            input_affine,
+            weight,
+            gamma,
+            beta,
+            counter,
+            counter,
+            stats,
+            v,
+            moments,
+            *running,
+            *running,
+        ),
         flops=2 * q * p * p,
         config=config,
         device=g.device,
@@ -115,7 +106,7 @@ def gram_finalize(
         counter_ptr=counter,
         stats_ptr=stats,
         v_ptr=v,
-        m_ptr=m,
+        m_ptr=moments,
         pivot_stride=p if pivot is None else pivot.stride(0),
         P=p,
         Q=q,
@@ -134,6 +125,7 @@ def gram_finalize(
         HAS_RUNNING_VAR=running_var is not None,
         HAS_COUNTER=counter is not None,
         CUMULATIVE=counter is not None and momentum == CUMULATIVE,
+        COMPARES=len(moments) > p,
         BLOCK_Q=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -141,145 +133,12 @@ def gram_finalize(
         ACC=triton_dtype(g.dtype),
         INPUT_PRECISION=product_precision(g.device),
     )
-    return stats, v, m
+    return stats, v, moments
 
 
-def gram_backward(
-    t: torch.Tensor,
-    v: torch.Tensor,
-    m: torch.Tensor | None,
-    stats: torch.Tensor,
-    weight: torch.Tensor,
-    sum_dz: torch.Tensor,
-    rows: int,
-    *,
-    out_dtype: torch.dtype,
-    others: Others | None = None,
-) -> GramGrads:
-    """The gradients of BatchNorm and of its 1x1 convolution, and the matrices of the input's gradient.
-
-    ``t`` = dzᵀa ([q, p] or [q, p, 1, 1]) and ``sum_dz`` [q] in the accumulation dtype; ``v``, ``m`` and ``stats`` are
-    :func:`gram_finalize`'s; without ``m``, ``t`` is that of a minus its mean.
-
-    Returns dW [q, p, 1, 1] in ``out_dtype``, dgamma, dbeta [q], and AW [q, p], P [terms, p, p]
-    (in the weight's dtype; two terms of 16 bits, or one), bias [p] with which da = dz AW + a P[0] (+ a P[1]) + bias;
-    for float16 ``scales`` [2], powers of two by which AW and P are multiplied, else None. Without ``m`` there is no
-    bias (None): that is the gradient of a minus its mean and dz minus ``owed`` / rows, its mean as well.
-
-    ``others``: ``stats`` are of the rows of several processes. dgamma, dbeta and dW are by this one's alone, as those
-    that data parallelism averages; AW, P, the bias and ``owed`` make the gradient through all of them (gram_rows.py).
-    """
-    q, p = _require_weight(weight)
-    if t.dim() == 4:
-        t = t.flatten(1)
-    acc_dtype = accumulation_dtype(weight.dtype)
-    shapes = {"t": (t, (q, p)), "v": (v, (q, p)), "stats": (stats, (4, q)), "sum_dz": (sum_dz, (q,))}
-    if m is not None:
-        shapes["m"] = (m, (p,))
-    if others is not None:
-        ranks = others.gathered.shape[0]
-        shapes |= {"input_mean": (others.input_mean, (p,)), "gathered": (others.gathered, (ranks, 2 * q + 1))}
-    for name, (tensor, shape) in shapes.items():
-        require_shape(tensor, shape, name)
-        require_dtype(tensor, acc_dtype, name)
-        require_device(weight.device, **{name: tensor})
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    device = weight.device
-    interpreter = device.type == "cpu"
-    scaled = weight.dtype == torch.float16
-
-    dw = torch.empty((q, p, 1, 1), dtype=out_dtype, device=device, memory_format=torch.channels_last)
-    dgamma, share = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
-    aw = torch.empty((q, p), dtype=weight.dtype, device=device)
-    terms = 2 if weight.dtype in (torch.bfloat16, torch.float16) else 1
-    product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
-    bound = torch.empty((q,), dtype=acc_dtype, device=device) if scaled else None
-    scales = torch.empty((2,), dtype=acc_dtype, device=device) if scaled else None
-    owed = sum_dz if others is None else torch.empty_like(sum_dz)
-    common = {"P": p, "Q": q, "SCALED": scaled, "ACC": triton_dtype(stats.dtype)}
-    all_q = next_power_of_2(q) if scaled else 1
-
-    rows_config = gram_rows_config(p, interpreter=interpreter)
-    others_touched = () if others is None else (others.gathered, owed)
-    launch(
-        gram_backward_kernel,
-        (ceil_div(q, rows_config.block_m),),
-        touched=(t, v, m, stats, weight, sum_dz, dgamma, share, bound, dw, aw, *others_touched),
-        flops=0,
-        config=rows_config,
-        device=device,
-        t_ptr=t,
-        v_ptr=v,
-        m_ptr=m if others is None else others.input_mean,
-        stats_ptr=stats,
-        w_ptr=weight,
-        dbeta_ptr=sum_dz,
-        dgamma_ptr=dgamma,
-        s_ptr=share,
-        bound_ptr=bound,
-        dw_ptr=dw,
-        aw_ptr=aw,
-        scales_ptr=scales,
-        gathered_ptr=None if others is None else others.gathered,
-        owed_ptr=owed,
-        ranks=0 if others is None else others.gathered.shape[0],
-        inverse_rows=1.0 / rows,
-        rows=float(rows),
-        CENTRED=m is None,
-        SYNC=others is not None,
-        ALL_Q=all_q,
-        BLOCK_R=1 if others is None else min(next_power_of_2(others.gathered.shape[0]), MOST_RANKS),
-        BLOCK_Q=rows_config.block_m,
-        BLOCK_P=rows_config.block_c,
-        **common,
-    )
-    product_config = gram_product_config(p, interpreter=interpreter)
-    launch(
-        gram_product_kernel,
-        (ceil_div(p, product_config.block_n) ** 2,),
-        touched=(weight, aw, share, bound, scales, product),
-        flops=2 * q * p * p,
-        config=product_config,
-        device=device,
-        w_ptr=weight,
-        aw_ptr=aw,
-        s_ptr=share,
-        bound_ptr=bound,
-        p_ptr=product,
-        scales_ptr=scales,
-        ALL_Q=all_q,
-        BLOCK_N=product_config.block_n,
-        BLOCK_K=product_config.block_k,
-        PARTS=2 if weight.dtype == torch.bfloat16 else 0,
-        TERMS=terms,
-        INPUT_PRECISION=product_precision(device),
-        **{**common, "ACC": tl.float64 if terms == 1 else tl.float32},  # the one term of P: all that float32 holds
-    )
-    if m is None:
-        return GramGrads(dw, dgamma, sum_dz, aw, product, None, scales, owed)
-    bias = torch.empty((p,), dtype=acc_dtype, device=device)
-    bias_config = gram_bias_config(p, interpreter=interpreter)
-    launch(
-        gram_bias_kernel,
-        (ceil_div(p, bias_config.block_c),),
-        touched=(aw, product, owed, m, scales, bias),
-        flops=0,
-        config=bias_config,
-        device=device,
-        aw_ptr=aw,
-        p_ptr=product,
-        dbeta_ptr=owed,
-        m_ptr=m,
-        scales_ptr=scales,
-        bias_ptr=bias,
-        inverse_rows=1.0 / rows,
-        TERMS=terms,
-        BLOCK_K=bias_config.block_m,
-        BLOCK_N=bias_config.block_c,
-        **common,
-    )
-    return GramGrads(dw, dgamma, sum_dz, aw, product, bias, scales, owed)
+def moments_size(q: int, p: int, dtype: torch.dtype) -> int:
+    """How many numbers :func:`gram_finalize` tells backward of a convolution's input and output."""
+    return p + 2 * q if dtype.itemsize == 2 else p
 
 
 def _require_weight(weight: torch.Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .check import (
     require_image,
     require_mean,
     require_rows,
+    require_shape,
     triton_dtype,
 )
 from .record import launch
@@ -37,6 +38,7 @@ def gram_dgrad(
     stats: torch.Tensor | None,
     config: GemmConfig,
     *,
+    aw_terms: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     stride: Pair = (1, 1),
     bits: torch.Tensor | None = None,
@@ -46,7 +48,8 @@ def gram_dgrad(
 
     With a = relu(y*scale + shift), da = dz·AW + a·P + bias and dx = relu_grad(da, y*scale + shift); the sums, one row
     per M tile, are sum dx and sum dx*(y - mean). ``dz`` [N, q, I, J] and ``y`` [N, p, H, W] are dense NHWC, ``AW``
-    [q, p] and ``P`` ([p, p], or [2, p, p]: two terms that add up) contiguous, all of one dtype; ``bias`` [p] and
+    [q, p] and ``P`` ([p, p], or [2, p, p]: two terms that add up) contiguous, all of one dtype; with ``aw_terms`` [1]
+    int32 AW is [2, q, p], and as many of its terms count as that says on the device; ``bias`` [p] and
     ``stats`` [4, p] (of y) have the accumulation dtype, as ``scales`` [2]: what AW and P come multiplied by. Without
     ``stats`` a = y and dx = da, with no sums (None), and the convolution may have a ``stride``: dx is that of the
     sampled pixels, I = ceil(H / stride).
@@ -59,7 +62,7 @@ def gram_dgrad(
     (N, p, H, W), q = y.shape, dz.shape[1]
     I, J = ceil_div(H, stride[0]), ceil_div(W, stride[1])
     M = N * I * J
-    if max(N * H * W, q * p) >= 2**31:
+    if max(N * H * W, AW.numel()) >= 2**31:
         raise ValueError(f"the kernel counts pixels and weights in 32 bits, too many for it: {tuple(y.shape)}, {q}")
     if stats is not None and stride != (1, 1):
         raise ValueError(f"stats goes with stride 1, got {stride}")
@@ -67,11 +70,16 @@ def gram_dgrad(
     require_image(y, (N, p, H, W), dz, "y")
     terms = P.shape[0] if P.dim() == 3 else 1
     shape_of_p = (terms, p, p) if P.dim() == 3 and terms in (1, 2) else (p, p)
-    for name, matrix, shape in (("AW", AW, (q, p)), ("P", P, shape_of_p)):
+    shape_of_aw = (q, p) if aw_terms is None else (2, q, p)
+    for name, matrix, shape in (("AW", AW, shape_of_aw), ("P", P, shape_of_p)):
         if tuple(matrix.shape) != shape or not matrix.is_contiguous():
             raise ValueError(f"{name} must be contiguous {list(shape)}, got shape {tuple(matrix.shape)}")
         require_dtype(matrix, dz.dtype, name)
         require_device(dz.device, **{name: matrix})
+    if aw_terms is not None:
+        require_shape(aw_terms, (1,), "aw_terms")
+        require_dtype(aw_terms, torch.int32, "aw_terms")
+        require_device(dz.device, aw_terms=aw_terms)
     if (bias is None) == (means is None):
         raise ValueError("gram_dgrad takes a bias or the means that it stands for, and not both")
     if bias is not None:
@@ -91,10 +99,25 @@ def gram_dgrad(
     num_m, num_n = ceil_div(M, config.block_m), ceil_div(p, config.block_n)
     dx = torch.empty((N, p, I, J), dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
     tiles = None if stats is None else torch.empty((2, num_m, p), dtype=acc, device=dz.device)
+    first_term = q * p * AW.element_size()  # bytes and FLOPs are those of data that need no more, as most do
     launch(
         gram_dgrad_kernel,
         (num_m * num_n,),
-        touched=(dz, bits, M * p * y.element_size(), AW, P, bias, sum_dz, input_mean, stats, scales, dx, tiles),
+        touched=(
+            dz,
+            bits,
+            M * p * y.element_size(),
+            first_term,
+            aw_terms,
+            P,
+            bias,
+            sum_dz,
+            input_mean,
+            stats,
+            scales,
+            dx,
+            tiles,
+        ),
         flops=2 * M * p * (q + terms * p),
         config=config,
         device=dz.device,
@@ -102,6 +125,7 @@ def gram_dgrad(
         bits_ptr=bits,
         y_ptr=y,
         aw_ptr=AW,
+        aw_terms_ptr=aw_terms,
         p_ptr=P,
         bias_ptr=bias,
         stats_ptr=stats,
@@ -125,6 +149,7 @@ def gram_dgrad(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         HAS_SCALES=scales is not None,
+        HAS_AW_TERMS=aw_terms is not None,
         HAS_MEANS=means is not None,
         TERMS=terms,
         WHOLE=num_n == 1 and config.block_n <= WHOLE and config.block_k >= LEAST_WHOLE_STEP,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet.launch.bn_sync as launcher
-from fused_resnet.launch import gram_bn
+from fused_resnet.launch import gram_bn_grad
 from fused_resnet.launch.bn_act_grad import bn_act_grad_reduce, bn_grad_finalize
 from fused_resnet.launch.bn_stats import bn_finalize, bn_stats
 from fused_resnet.launch.check import CUMULATIVE
@@ -191,14 +191,14 @@ def gram_parts(case: Case, images: list[int], centred: bool) -> dict[str, Tensor
     for part, (_, _, m) in zip(cases, found, strict=True):
         dz, a = matrix(part.dz), matrix(part.a)
         t, sum_dz = (dz.T @ (a - m.double() if centred else a)).to(acc), dz.sum(0).to(acc)
-        sums.append((t, sum_dz, gram_sums(t, m, stats, part.weight, sum_dz, len(dz), centred=centred)))
+        sums.append((t, sum_dz, gram_sums(t, m[: a.shape[1]], stats, part.weight, sum_dz, len(dz), centred=centred)))
     every = torch.stack([packed for *_, packed in sums])
     results, das = [], []
     for part, (_, v, m), (t, sum_dz, _) in zip(cases, found, sums, strict=True):
         rows = len(matrix(part.dz))
-        others = gram_bn.Others(every, m)
+        others = gram_bn_grad.Others(every, m)
         kept = None if centred else m
-        grads = gram_bn.gram_backward(t, v, kept, stats, part.weight, sum_dz, rows, out_dtype=acc, others=others)
+        grads = gram_bn_grad.gram_backward(t, v, kept, stats, part.weight, sum_dz, rows, out_dtype=acc, others=others)
         results.append(grads)
         if centred:
             dz, a = matrix(part.dz) - grads.owed.double() / rows, matrix(part.a) - m.double()
@@ -324,18 +324,18 @@ BUGS = [
         "dgamma = rstd * sum_dz_y",
         ("gradients",),
     ),
-    Bug("the local mean for the global", "kernels.gram_bn", "along + dbeta * off", "along", ("gram",)),
-    Bug("no slope in what the mean of dz owes", "kernels.gram_bn", " - slope * off", "", ("gram",)),
+    Bug("the local mean for the global", "kernels.gram_bn_grad", "along + dbeta * off", "along", ("gram",)),
+    Bug("no slope in what the mean of dz owes", "kernels.gram_bn_grad", " - slope * off", "", ("gram",)),
     Bug(
         "dW by the mean of this process's dz",
-        "kernels.gram_bn",
+        "kernels.gram_bn_grad",
         "left = owed - dbeta if CENTRED else owed",
         "left = dbeta * 0 if CENTRED else dbeta",
         ("gram", "gram, centred"),
     ),
     Bug(
         "the bias by the sum of this process's dz",
-        "launch.gram_bn",
+        "launch.gram_bn_grad",
         "dbeta_ptr=owed",
         "dbeta_ptr=sum_dz",
         ("gram",),

@@ -14,6 +14,7 @@ from tests.gram_case import (
     SMALL,
     accumulation,
     check_gradients,
+    check_second_term,
     check_statistics,
     check_terms,
     gradients,
@@ -23,6 +24,7 @@ from tests.gram_case import (
     nhwc,
     reference,
     relative,
+    shared_case,
     statistics,
 )
 
@@ -181,10 +183,30 @@ def test_float16_does_not_lose_its_exponents(scale, gamma, device):
     assert grads.scales.shape == (2,) and all(torch.frexp(grads.scales)[0] == 0.5)
     assert grads.aw.isfinite().all() and grads.p.isfinite().all()
     assert (grads.p[0].abs() > 2**-14).float().mean() > 0.9
-    assert (grads.aw.abs() > 2**-14).float().mean() > 0.9
+    assert (grads.aw[0].abs() > 2**-14).float().mean() > 0.9
     da, dw, dgamma, _ = reference(case)
     assert relative(grads.dw.flatten(1), dw) < 1e-5 and relative(grads.dgamma, dgamma) < 1e-5
     assert relative(input_gradient(case, grads), da) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_ordinary_data_need_one_term(dtype, device):
+    """Nor do a gamma of 0, a filter of zeros, a dead and a constant channel ask for a second; wide data have none."""
+    case = make_case((2, 7, 7), 20, 80, dtype, device, dz_mean=3.0)
+    case.gamma[:2] = 0.0
+    case.weight[2] = 0.0
+    case.input_affine[0, :2] = 0.0
+    case.input_affine[1, :2] = torch.tensor([-1.0, 0.7])
+    terms = gradients(case).aw_terms
+    assert terms is None if dtype == torch.float32 else int(terms) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_second_term_where_filters_cancel_what_channels_share(dtype, device):
+    check_second_term(shared_case(dtype, device))
+    case = shared_case(dtype, device)
+    case.gamma[:] = 0.0  # no da at all
+    assert int(gradients(case).aw_terms) == 1
 
 
 def test_nan_is_seen(device):

@@ -99,7 +99,10 @@ def test_gram_of_half_precision_as_it_is(seen, device):
     none = dict.fromkeys(("gamma", "beta", "running_mean", "running_var"))
     stats, _, mean = gram_finalize(g, c, 64, weight, momentum=0.1, eps=1e-5, pivot=pixels, **none)
     y = rows @ weight.flatten(1).double().T
+    mean, spread = mean[:20], mean[20:].view(2, 24)
     assert relative(mean, rows.mean(0)) < 1e-6
+    alone = weight.flatten(1).double().square() @ rows.var(0, correction=0)
+    assert relative(spread, torch.stack([y.var(0, correction=0), alone])) < (1e-6 if seen > 1 else 1e-3)
     assert relative(stats[1], 1 / (y.var(0, correction=0) + 1e-5).sqrt()) < (1e-6 if seen > 1 else 1e-3)
 
 

@@ -118,6 +118,34 @@ def test_forms_dz_from_the_mask(shape, config, device):
         gram_dgrad(dz, *rest, config, bits=bits[1:])
 
 
+@pytest.mark.parametrize("config", [WHOLE, TILED], ids=["whole", "tiled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_as_many_terms_of_aw_as_the_device_says(shape, config, scale, device):
+    """Two are worth 22 bits of float16 AW; where one counts the other, here NaN, is not read. dz from a mask alike."""
+    dz, y, AW, P, bias, stats = operands(shape, torch.float16, device)
+    AW, scales = torch.randn(AW.shape, dtype=torch.float64, device=device), torch.tensor([scale, 1.0], device=device)
+    first = (AW * scale).half()
+    terms = torch.stack([first, (AW * scale - first.double()).half()])
+    bits = torch.full((len(dz.permute(0, 2, 3, 1).flatten(0, 2)), -(-dz.shape[1] // 8)), 255, dtype=torch.uint8)
+    options = {"scales": scales if scale > 1 else None, "bits": bits.to(device)}
+    one, two = (torch.tensor([n], dtype=torch.int32, device=device) for n in (1, 2))
+    P = torch.zeros_like(P)
+    dx, tiles = gram_dgrad(dz, y, terms, P, bias, stats, config, aw_terms=two, **options)
+    reference = expected(dz, y, AW, P, bias, stats)
+    assert (dx.double() - reference).norm() <= 1.01 * (reference.half().double() - reference).norm() + 1e-5
+    check_sums(dx, tiles, y, stats, config)
+    terms[1] = torch.nan
+    found = gram_dgrad(dz, y, terms, P, bias, stats, config, aw_terms=one, **options)
+    assert all(map(torch.equal, found, gram_dgrad(dz, y, first, P, bias, stats, config, **options)))
+    with pytest.raises(ValueError, match="AW must be contiguous"):
+        gram_dgrad(dz, y, first, P, bias, stats, config, aw_terms=one)
+    with pytest.raises(ValueError, match="AW must be contiguous"):
+        gram_dgrad(dz, y, terms, P, bias, stats, config)
+    with pytest.raises(ValueError, match="aw_terms"):
+        gram_dgrad(dz, y, terms, P, bias, stats, config, aw_terms=one.long())
+
+
 def test_scales(device):
     """P of 1e-7 is nothing in float16; multiplied by a power of two, as AW is, it is as good as any."""
     dz, y, AW, P, bias, stats = operands((2, 5, 7, 20, 64), torch.float32, device)

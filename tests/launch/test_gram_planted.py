@@ -7,9 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.kernels import gram, gram_bn
+from fused_resnet.kernels import gram, gram_bn, gram_bn_grad
 from fused_resnet.plan.config import GemmConfig
-from tests.gram_case import check_gradients, check_statistics, check_terms, make_case, matrix, relative, statistics
+from tests.gram_case import (
+    check_gradients,
+    check_second_term,
+    check_statistics,
+    check_terms,
+    gradients,
+    make_case,
+    matrix,
+    relative,
+    shared_case,
+    statistics,
+)
 
 PLANTED = {
     "a masked row contributes relu(shift)": ("a = tl.where(mask_k[:, None], a, 0.0)", "a = a"),
@@ -25,7 +36,7 @@ PLANTED = {
     "no xhat term in dW": ("coeff_a[:, None] * centred + slope[:, None] * v", "coeff_a[:, None] * centred"),
     "the wrong sign of P": ("slope = -rstd", "slope = rstd"),
     "P of another matrix than A∘W": (
-        "aw_ptr + rows.to(tl.int64)[:, None] * P + offs_j",
+        "term_ptr + rows.to(tl.int64)[:, None] * P + offs_j",
         "w_ptr + rows.to(tl.int64)[:, None] * P + offs_j",
     ),
     "no bias of a": ("-sum_dz - sum_a", "-sum_dz"),
@@ -34,6 +45,13 @@ PLANTED = {
     "one part of three": ("for _ in tl.static_range(PARTS):", "for _ in tl.static_range(1):"),
     "parts that do not add up": ("right -= widened(part, ACC)", "right = widened(part, ACC)"),
     "a lost second term of P": ("rest = (acc - widened(rounded, ACC))", "rest = (acc - acc)"),
+    "a lost second term of A∘W": ("rest = (aw - widened(rounded, ACC))", "rest = (aw - aw)"),
+    "no second term wherever it is needed": ("tl.where(spare < 0.0, 2, 1)", "1"),
+    "a second term wherever there is none": ("tl.where(spare < 0.0, 2, 1)", "2"),
+    "P of the first term of A∘W alone": ("reach *= tl.load(aw_terms_ptr)", "reach *= 1"),
+    "a bias of the first term of A∘W alone": ("rows % Q, mask=mask_k", "rows % Q, mask=rows < Q"),
+    "var of correlated channels for that of others": ("alone += tl.sum(w * w *", "alone += tl.sum(w * "),
+    "a diagonal that is not centred": ("tl.fma(-c_j, rest_j, tl.fma(-c_j, m_j, own))", "own"),
     "AW not scaled": ("scaled_a = coeff_a * scale", "scaled_a = coeff_a"),
 }
 
@@ -41,7 +59,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_error_is_caught(name, tmp_path, monkeypatch, device):
     old, new = PLANTED[name]
-    kernels = next(module for module in (gram, gram_bn) if old in Path(module.__file__).read_text())
+    kernels = next(module for module in (gram, gram_bn, gram_bn_grad) if old in Path(module.__file__).read_text())
     source = Path(kernels.__file__).read_text()
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))
@@ -66,6 +84,9 @@ def check_everything(device):
     check_statistics(case)
     check_terms(case)
     case = make_case((3, 3, 3), 20, 40, torch.float16, device, dz_mean=3.0)
+    assert int(gradients(case).aw_terms) == 1
+    for dtype in (torch.float16, torch.bfloat16):
+        check_second_term(shared_case(dtype, device))
     running_var = torch.zeros(40, device=device)
     statistics(case, running_var=running_var, momentum=1.0)
     y = matrix(case.a) @ case.weight.double().flatten(1).T

@@ -124,7 +124,7 @@ def check_algebra(dtype, device, size=(3, 9, 7), p=20, q=40, stride=(2, 2), dz_m
     for ours, theirs in ((grads.dw, dw), (grads.dgamma, dgamma), (grads.dbeta, dbeta)):
         assert relative(ours, theirs) < exact
     small = grads.aw, grads.p, grads.bias
-    ours, _ = gram_dgrad(dz, x, *small, None, TILES[1], scales=grads.scales, stride=stride)
+    ours, _ = gram_dgrad(dz, x, *small, None, TILES[1], aw_terms=grads.aw_terms, scales=grads.scales, stride=stride)
     assert relative(ours, dx) < max(ROUNDING[dtype], exact)
 
 
