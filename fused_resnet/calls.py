@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from . import plain
 from .arguments import BatchNorm, Conv, Layer, Pair, is_autocast
 from .autograd import absent, chain
-from .launch.check import CUMULATIVE
+from .plan.passes import CUMULATIVE
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
 
 

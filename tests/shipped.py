@@ -29,7 +29,6 @@ from fused_resnet.launch import (
     stem_pool,
 )
 from fused_resnet.launch.bits import empty_bits
-from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
 from fused_resnet.launch.conv_wgrad import conv_wgrad
@@ -41,7 +40,7 @@ from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.defaults import choices, default_config
 from fused_resnet.plan.gram_wgrad import gram_wgrad_config
-from fused_resnet.plan.passes import pass_config, reduce_config, window_config
+from fused_resnet.plan.passes import CUMULATIVE, pass_config, reduce_config, window_config
 from fused_resnet.plan.plans import ChainProblem
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import Target

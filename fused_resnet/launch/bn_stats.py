@@ -9,10 +9,9 @@ import torch
 
 from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_merge_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
-from ..plan.passes import ceil_div, group_config, merge_config, step
+from ..plan.passes import CUMULATIVE, ceil_div, group_config, merge_config, step
 from .check import (
     ACCUMULATION,
-    CUMULATIVE,
     DTYPES,
     accumulation_dtype,
     require_counter,

@@ -10,10 +10,10 @@ from ..kernels.bn_sync import (
     bn_sync_grad_pack_kernel,
     bn_sync_pack_kernel,
 )
-from ..plan.passes import ceil_div, merge_config, step
+from ..plan.passes import CUMULATIVE, ceil_div, merge_config, step
 from .bn_act_grad import merged_grads
 from .bn_stats import _require_channels, merged
-from .check import CUMULATIVE, require_counter, require_device, require_rows, require_shape, triton_dtype
+from .check import require_counter, require_device, require_rows, require_shape, triton_dtype
 from .record import launch
 from .tiles import StatTiles
 

@@ -5,9 +5,7 @@ Only metadata is looked at, never data: the checks hold on ``meta`` tensors and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 import triton.language as tl
@@ -96,10 +94,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's word for a dtype of accumulators and statistics."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-CUMULATIVE: Final = math.inf
-"""In place of a momentum: running statistics are the average over the batches that a counter has counted."""
 
 
 def require_counter(counter: torch.Tensor | None, device: torch.device) -> None:

@@ -6,10 +6,9 @@ import torch
 
 from ..kernels.gram_bn import gram_finalize_kernel
 from ..plan.gram import gram_finalize_config
-from ..plan.passes import ceil_div
+from ..plan.passes import CUMULATIVE, ceil_div
 from .bn_stats import _require_channels
 from .check import (
-    CUMULATIVE,
     accumulation_dtype,
     require_counter,
     require_device,

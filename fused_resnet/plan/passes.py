@@ -12,9 +12,14 @@ sums across its warps; a merge in few steps. Nothing but their defaults was meas
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import Final
 
 from .config import PassConfig
+
+CUMULATIVE: Final = math.inf
+"""In place of a momentum: running statistics are the average over the batches that a counter has counted."""
 
 VECTOR_BYTES = 16
 WARP = 32

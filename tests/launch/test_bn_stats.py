@@ -9,11 +9,10 @@ import torch
 import fused_resnet.kernels.bn_stats as kernels
 from fused_resnet.launch import bn_stats as launcher
 from fused_resnet.launch.bn_stats import FrozenNorm, bn_finalize, bn_frozen, bn_merge, bn_stats
-from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.record import record_launches
 from fused_resnet.launch.tiles import StatTiles
 from fused_resnet.plan.config import PassConfig
-from fused_resnet.plan.passes import FEW_TILES, reduce_config
+from fused_resnet.plan.passes import CUMULATIVE, FEW_TILES, reduce_config
 
 SMALL = PassConfig(block_m=24, block_c=16, num_warps=1)  # several tiles, several steps, a last partial one
 LONG = PassConfig(block_m=96, block_c=16, num_warps=1)  # several steps of whole vectors in every dtype

@@ -15,12 +15,11 @@ import fused_resnet.launch.bn_sync as launcher
 from fused_resnet.launch import gram_bn_grad
 from fused_resnet.launch.bn_act_grad import bn_act_grad_reduce, bn_grad_finalize
 from fused_resnet.launch.bn_stats import bn_finalize, bn_stats
-from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.gram import gram, gram_finalize
 from fused_resnet.launch.gram_rows import gram_sums
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import PassConfig
-from fused_resnet.plan.passes import FEW_TILES
+from fused_resnet.plan.passes import CUMULATIVE, FEW_TILES
 from tests import strict_interpreter
 from tests.conftest import INTERPRETED
 from tests.gram_case import EPS, SMALL, Case, accumulation, input_gradient, make_case, matrix, reference, relative

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fused_resnet.launch.check import CUMULATIVE
 from fused_resnet.launch.gram import GramGrads, gram, gram_backward, gram_finalize
 from fused_resnet.launch.record import record_launches
 from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.gram import gram_config, gram_tiles
+from fused_resnet.plan.passes import CUMULATIVE
 from tests.gram_case import (
     EPS,
     EXACT,
