@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet as fr
+from fused_resnet.launch.dependent import dependent_launches
 
 from .device import Device
 from .timing import Timing, interleave
@@ -52,11 +53,13 @@ class Training:
     """A training step: autocast forward, cross-entropy, backward, SGD with momentum over float32 parameters.
 
     Data is on the device already, 16-bit and channels_last. ``forward`` stands in for the model's own (a compiled one).
+    ``dependent``: our launches are (launch/dependent.py).
     """
 
     def __init__(self, model: nn.Module, device: Device, batch: int, size: int, *, dtype: torch.dtype = torch.bfloat16,
-                 compile_options: dict[str, Any] | None = None, route: str = "auto") -> None:  # fmt: skip
-        self.device, self.batch, self.route = device, batch, route
+                 compile_options: dict[str, Any] | None = None, route: str = "auto",
+                 dependent: bool = False) -> None:  # fmt: skip
+        self.device, self.batch, self.route, self.dependent = device, batch, route, dependent
         batch, size = tiny_or(device.dry, batch, size)
         if device.dry:
             dtype = torch.float32  # the interpreter has no bfloat16
@@ -81,9 +84,10 @@ class Training:
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast, fr.use_route(self.route):
-            loss = F.cross_entropy(self.forward(self.x), self.target)
-        loss.backward()
+        with dependent_launches(self.dependent):
+            with self.autocast, fr.use_route(self.route):
+                loss = F.cross_entropy(self.forward(self.x), self.target)
+            loss.backward()
         # Detached: a graph that outlives its step would keep gradient accumulators bound to that step's stream.
         self.loss = loss.detach()
         self.optimizer.step()

@@ -4,6 +4,7 @@
 
 prints a table (registers, shared memory, programs per SM, tensor instructions) and exits with 1 if any of them spills,
 asks for more shared memory than a block may have, uses no wgmma where it should, or addresses rows with 32 bits.
+``--dependent``: one configuration of each kernel as a dependent launch (sm_90), which must wait before all else.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def mock(value: Any) -> Any:
     return MockTensor(value) if isinstance(value, torch.dtype) else value
 
 
-def compile_call(call: Any, sm: int) -> Compiled:
+def compile_call(call: Any, sm: int, dependent: bool = False) -> Compiled:
     """Compiles one captured launch through Triton's own path, so that it specialises as at run time."""
     from fused_resnet.compile_worker import become_compiler
 
@@ -91,6 +92,8 @@ def compile_call(call: Any, sm: int) -> Compiled:
     kernel = getattr(importlib.import_module(call.module), call.kernel)
     arguments = {n: mock(v) for n, v in call.arguments}
     options = dict(call.options)
+    if dependent:
+        arguments["DEPENDENT"], options["launch_pdl"] = True, True
     constants = {n: v for n, v in call.arguments if n in call.constants}
     shown = " ".join(f"{n}={v}" for n, v in constants.items() if v is not False and n not in ("ACC", "PRECISION"))
     shown = f"{str(call.dtype).removeprefix('torch.')} {shown}"
@@ -113,6 +116,8 @@ def compile_call(call: Any, sm: int) -> Compiled:
         failures.append("no wgmma")
     if not call.kernel.startswith(SMALL_ONLY) and not wide_rows(compiled.asm["ttir"]):
         failures.append("no 64-bit row offsets")
+    if dependent and not waits_first(compiled.asm["ptx"]):
+        failures.append("touches memory before it waits")
     return Compiled(call.kernel, call.where, shown, sm, warps, registers, local, shared, wgmma, tuple(failures))
 
 
@@ -132,19 +137,35 @@ def wide_rows(ttir: str) -> bool:
     return not tiles or bool(re.search(r"arith\.(muli|addi|extsi) .*i64", ttir))
 
 
-def _compile(job: tuple[Any, int]) -> Compiled:
+def waits_first(ptx: str) -> bool:
+    """Whether a dependent launch lets the next one start and waits for the one before, then touches global memory."""
+    order = re.findall(r"griddepcontrol\.\w+|\b(?:ld|st|atom|red)\.\S*global|\bcp\.async|\bprefetch|\bld\.const", ptx)
+    return order[:2] == ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]
+
+
+def _compile(job: tuple[Any, int, bool]) -> Compiled:
     return compile_call(*job)
 
 
 def audit(
-    sms: Iterable[int], dtypes: tuple[str, ...], *, exact: bool, kernel: str = "", jobs: int = 2
+    sms: Iterable[int],
+    dtypes: tuple[str, ...],
+    *,
+    exact: bool,
+    kernel: str = "",
+    jobs: int = 2,
+    dependent: bool = False,
 ) -> Iterator[Compiled]:
-    """Compiles what ships for each of ``sms``, ``jobs`` at a time."""
+    """Compiles what ships for each of ``sms``, ``jobs`` at a time; ``dependent``: one launch of each kernel."""
     from fused_resnet.plan.target import A100, H100
     from tests.shipped import shipped
 
     targets = {80: A100, 90: H100}
-    work = [(call, sm) for sm in sms for call in shipped(targets[sm], dtypes, exact) if kernel in call.kernel]
+    work = [
+        (call, sm, dependent) for sm in sms for call in shipped(targets[sm], dtypes, exact) if kernel in call.kernel
+    ]
+    if dependent:
+        work = list({call.kernel: (call, *rest) for call, *rest in work}.values())
     work.sort(key=lambda job: (job[0].kernel, job[1], job[0].key()))
     context = multiprocessing.get_context("spawn")  # LLVM does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -172,6 +193,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], help="of the activations")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--covering", action="store_true", help="one of each set of constants, whatever the sizes")
+    parser.add_argument("--dependent", action="store_true", help="one of each kernel, as a dependent launch (sm_90)")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     arguments = parser.parse_args()
@@ -180,9 +202,8 @@ def main() -> int:
     print(HEADER)
     found = []
     exact = not arguments.covering
-    for compiled in audit(
-        arguments.sm, tuple(arguments.dtypes), exact=exact, kernel=arguments.kernel, jobs=arguments.jobs
-    ):
+    how = {"kernel": arguments.kernel, "jobs": arguments.jobs, "dependent": arguments.dependent}
+    for compiled in audit([90] if arguments.dependent else arguments.sm, tuple(arguments.dtypes), exact=exact, **how):
         found.append(compiled)
         print(compiled.row(), flush=True)
     bad = [compiled for compiled in found if compiled.failures]

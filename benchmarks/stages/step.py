@@ -1,4 +1,5 @@
-"""Whole training steps, turn by turn in one process: eager, eager in a CUDA graph, ours, ours in a CUDA graph.
+"""Whole training steps, turn by turn in one process: eager, eager in a CUDA graph, ours, ours in a CUDA graph, and such
+a graph of launches that depend on one another (launch/dependent.py).
 
 All start from the same weights and see the same batch, so the losses of the first steps must agree too.
 """
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 
 import fused_resnet as fr
+from fused_resnet.launch.dependent import dependent_launches
 
 from .. import networks
 from ..harness import Context, Item
 from ..networks import LOSS_TOLERANCE, Training
 from .kernels import target_of
+
+DEPENDENT = "ours graph, dependent launches"
 
 
 def items(context: Context) -> Iterator[Item]:
@@ -35,25 +39,26 @@ def compare(
     plan: dict[str, Any] = {} if context.dry else planned(context, ours, batch, dtype)
     if not context.dry:  # in parallel, before anything holds the device
         ours = ours.to(context.device.name).to(memory_format=torch.channels_last)
-        fr.warmup(ours, (batch, 3, 224, 224), dtype)
+        for dependent in (False,) if compiled else (False, True):
+            with dependent_launches(dependent):
+                fr.warmup(ours, (batch, 3, 224, 224), dtype)
     options = {"backend": "eager"} if context.dry else {}
-    makers: dict[str, tuple[torch.nn.Module, bool, Any]] = {
-        "eager": (theirs, False, None),
-        "graph": (theirs, True, None),
-        "ours": (ours, False, None),
-        "ours graph": (ours, True, None),
+    makers: dict[str, tuple[torch.nn.Module, bool, dict[str, Any]]] = {
+        "eager": (theirs, False, {}),
+        "graph": (theirs, True, {}),
+        "ours": (ours, False, {}),
+        "ours graph": (ours, True, {}),
+        DEPENDENT: (ours, True, {"dependent": True}),
     }
     if compiled:
-        makers = {"eager": (theirs, False, None), "compile": (theirs, False, options),
-                  "ours compile": (ours, False, options)}  # fmt: skip
+        makers = {"eager": (theirs, False, {}), "compile": (theirs, False, {"compile_options": options}),
+                  "ours compile": (ours, False, {"compile_options": options})}  # fmt: skip
     candidates: dict[str, Training] = {}
     steps, peaks, losses, failed = {}, {}, {}, {}
-    for name, (model, graph, compile_options) in makers.items():
+    for name, (model, graph, how) in makers.items():
         torch.manual_seed(1)
         try:
-            one = Training(
-                copy.deepcopy(model), context.device, batch, 224, dtype=dtype, compile_options=compile_options
-            )
+            one = Training(copy.deepcopy(model), context.device, batch, 224, dtype=dtype, **how)
             steps[name] = one.prepare(graph=graph)
         except Exception as error:  # the others' times still say something
             failed[name] = f"{type(error).__name__}: {error}"[:500]

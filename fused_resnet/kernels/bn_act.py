@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .bits import relu_bits
-from .common import affine, relu
+from .common import affine, begin, relu
 from .tiling import pass_tile, step_bits, step_offsets
 
 
@@ -37,7 +37,9 @@ def bn_act_kernel(
     VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     _, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
     out_ptr += first * channels

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .bits import unpack_bits
 from .bn_act import load_channels
-from .common import affine, relu_grad
+from .common import affine, begin, relu_grad
 from .tiling import fold, pass_tile, step_bits, step_offsets
 
 
@@ -46,7 +46,9 @@ def bn_act_grad_reduce_kernel(
     VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     dout_ptr += first * channels
     if HAS_Y:
@@ -139,7 +141,9 @@ def bn_grad_merge_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     group, first, count, offs_c = pass_tile(tiles, channels, tiles_per_group, BLOCK_C)
     tiles_ptr += first * channels
     row_ptr = tiles_ptr + ROW * plane
@@ -167,7 +171,9 @@ def bn_grad_finalize_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     row_ptr = tiles_ptr + ROW * plane
@@ -201,7 +207,9 @@ def bn_grad_apply_kernel(
     VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     _, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     dz_ptr += first * channels
     dy_ptr += first * channels

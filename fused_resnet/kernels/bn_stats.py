@@ -18,6 +18,7 @@ S and Q of different lanes simply add, so no lane needs a count. The subtraction
 import triton
 import triton.language as tl
 
+from .common import begin
 from .tiling import fold, pass_tile, step_offsets
 
 
@@ -48,7 +49,9 @@ def bn_stats_kernel(
     VECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
 
@@ -188,7 +191,9 @@ def bn_merge_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     group, first, count, offs_c = pass_tile(tiles, channels, tiles_per_group, BLOCK_C)
     rows_here = tl.minimum(rows - first * rows_per_tile, count.to(tl.int64) * rows_per_tile)
     tiles_ptr += first * channels
@@ -223,7 +228,9 @@ def bn_finalize_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     mean, m2 = merge_tiles(tiles_ptr, plane, tiles, rows, rows_per_tile, offs_c, channels, VECTORS, BLOCK_T)
@@ -269,8 +276,10 @@ def bn_frozen_kernel(
     COUNT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Layer ``program_id(1)`` of the ``COUNT`` that there are, each a tuple; the others are None."""
+    begin(DEPENDENT)
     layer = tl.program_id(1)
     if layer == 0:
         frozen_rows(norm0, eps0, ACC, BLOCK_C)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .bn_act_grad import tile_sums
 from .bn_stats import centred, merge_tiles, store_stats, update_statistics
+from .common import begin
 
 
 @triton.jit
@@ -65,7 +66,9 @@ def bn_sync_pack_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, m2 = merge_tiles(tiles_ptr, plane, tiles, rows, rows_per_tile, offs_c, channels, VECTORS, BLOCK_T)
     store_packed(packed_ptr, mean, m2, rows, channels, offs_c, offs_c < channels)
@@ -93,7 +96,9 @@ def bn_sync_finalize_kernel(
     CUMULATIVE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     weighted = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
@@ -145,7 +150,9 @@ def bn_sync_grad_pack_kernel(
     VECTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ptr = tiles_ptr + ROW * plane
     sum_dz, sum_dz_y = tile_sums(tiles_ptr, row_ptr, tiles, offs_c, channels, ACC, VECTORS, BLOCK_T, BLOCK_C)
@@ -167,7 +174,9 @@ def bn_sync_grad_finalize_kernel(
     HAS_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     sum_dz, sum_dz_y, rows = rank_sums(gathered_ptr, ranks, offs_c, channels, ACC, BLOCK_R, BLOCK_C)

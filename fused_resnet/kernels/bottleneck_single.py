@@ -20,7 +20,7 @@ Writes  out [N*P*Q, Co], scratch [programs, halo pixels, BLOCK_C], affine [progr
 import triton
 import triton.language as tl
 
-from .common import affine, relu
+from .common import affine, begin, relu
 from .implicit_gemm import load_rows
 
 
@@ -115,7 +115,9 @@ def bottleneck_single_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALO_W: tl.constexpr = (TILE_Q - 1) * STRIDE_W + 3
     HALO: tl.constexpr = ((TILE_P - 1) * STRIDE_H + 3) * HALO_W

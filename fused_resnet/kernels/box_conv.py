@@ -19,7 +19,7 @@ times, once for each s, and adds it to the three rows of the result that it touc
 import triton
 import triton.language as tl
 
-from .common import affine, relu_grad
+from .common import affine, begin, relu_grad
 
 
 @triton.jit
@@ -124,8 +124,10 @@ def box_conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """``FLIP``: dgrad. ``TRANSPOSED``: what for, as in conv_fprop."""
+    begin(DEPENDENT)
     pid_m = tl.program_id(0) // num_n
     c0 = tl.program_id(0) % num_n * BLOCK_N
     n0 = pid_m // (boxes_h * boxes_w) * BOX_N
@@ -188,6 +190,7 @@ def walk_conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """The columns of boxes, H + 1 steps each, make one long walk that the programs share evenly.
 
@@ -196,6 +199,7 @@ def walk_conv_kernel(
     finishes nothing. A program begins two steps early, for the rows whose share the one before it added.
     y has more images than N: spare ones.
     """
+    begin(DEPENDENT)
     c0 = tl.program_id(0) % num_n * BLOCK_N
     walk = tl.program_id(0) // num_n
     first = walk * steps_per_walk

@@ -15,6 +15,8 @@ writes dw [split, Co, R, S, Ci]
 import triton
 import triton.language as tl
 
+from .common import begin
+
 
 @triton.jit
 def add_row(acc_0, acc_1, acc_2, dy, left, middle, right, PRECISION: tl.constexpr):
@@ -50,8 +52,10 @@ def box_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """``TAPS`` (1, 3 or 9): the taps of one program, with an accumulator each."""
+    begin(DEPENDENT)
     # The tiles of one range are neighbours in launch order: they read the same boxes from L2.
     tiles_ci = tl.cdiv(Ci, BLOCK_N)
     tiles_row = 9 // TAPS * tiles_ci

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .common import begin
+
 
 @triton.jit
 def cast_block(x_ptr, out_ptr, elements, BLOCK: tl.constexpr):
@@ -29,8 +31,10 @@ def cast_kernel(
     elements3,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Tensor ``program_id(1)`` of the ``COUNT`` that there are; the others' pointers are None."""
+    begin(DEPENDENT)
     tensor = tl.program_id(1)
     if tensor == 0:
         cast_block(x0_ptr, out0_ptr, elements0, BLOCK)

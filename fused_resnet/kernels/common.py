@@ -2,6 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """The first line of every kernel, before it touches memory.
+
+    ``DEPENDENT``: it may have been started while the kernel before it was still at work (programmatic dependent
+    launch, sm_90). It lets the next one be started in turn, and waits until that before it is over, which waited too.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, relu_grad, widened
+from .common import affine, begin, relu_grad, widened
 from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
 
@@ -142,8 +142,10 @@ def conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     # A 1x1 tap without padding exists for every pixel of its class; with stride 1, dy is the left matrix as it lies.
+    begin(DEPENDENT)
     POINTWISE: tl.constexpr = R == 1 and S == 1 and PADDING_H == 0 and PADDING_W == 0
     UNSTRIDED: tl.constexpr = STRIDE_H == 1 and STRIDE_W == 1
     STEP_P: tl.constexpr = DILATION_H * STEP_R // STRIDE_H

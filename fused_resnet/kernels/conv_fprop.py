@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .bits import relu_bits
-from .common import affine, relu
+from .common import affine, begin, relu
 from .implicit_gemm import as_stored, load_rows, sampled_rows, split_rows, tap_bits
 
 
@@ -127,8 +127,10 @@ def conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     # Without padding a 1x1 tap always exists; with stride 1 as well, x is the left matrix as it lies.
+    begin(DEPENDENT)
     POINTWISE: tl.constexpr = R == 1 and S == 1 and PADDING_H == 0 and PADDING_W == 0
     DENSE: tl.constexpr = POINTWISE and STRIDE_H == 1 and STRIDE_W == 1
     TAPS: tl.constexpr = R * S

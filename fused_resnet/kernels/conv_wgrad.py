@@ -21,7 +21,7 @@ writes dw [split, Co, R, S, Ci]
 import triton
 import triton.language as tl
 
-from .common import affine, relu, widened
+from .common import affine, begin, relu, widened
 
 
 @triton.jit
@@ -62,12 +62,14 @@ def conv_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """``SAME_GRID``: stride 1 and P, Q = H, W, so a tap is a constant shift of the rows and only its mask needs (h, w).
 
     ``HAS_PADDING``: a tap can fall outside the image. Neither: a plain GEMM. ``ROW_TAPS`` (1 or 3): the taps of one
     program, with an accumulator each; they share one load of dy.
     """
+    begin(DEPENDENT)
     # Neighbouring taps read almost the same rows of x: keep them in L1, which asynchronous copies pass by otherwise.
     L1: tl.constexpr = ".ca" if ROW_TAPS > 1 else ""
 
@@ -201,8 +203,10 @@ def conv_wgrad_reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """dw[i] = sum over the parts of partial [split, elements], in an order that BLOCK_S alone decides."""
+    begin(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_s = tl.arange(0, BLOCK_S)
     mask_n = offs_n < elements

@@ -11,6 +11,8 @@ Writes  dw [Co, K], dgamma [Co], each if it is wanted.
 import triton
 import triton.language as tl
 
+from .common import begin
+
 
 @triton.jit
 def frozen_grad_kernel(
@@ -27,8 +29,10 @@ def frozen_grad_kernel(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One program per BLOCK_C output channels."""
+    begin(DEPENDENT)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     rows = offs_c.to(tl.int64)[:, None] * K

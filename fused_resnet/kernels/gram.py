@@ -15,7 +15,7 @@ where tensor cores cut off their sums; bfloat16 has no such digits to lose.
 import triton
 import triton.language as tl
 
-from .common import affine, relu, widened
+from .common import affine, begin, relu, widened
 from .implicit_gemm import next_rows, sampled_rows, split_rows
 
 
@@ -109,12 +109,14 @@ def gram_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One tile of the upper triangle over one range of rows; partials are [split, tiles of G, then c].
 
     ``FLUSH``: after so many steps the accumulator is added to a second one. Tensor cores may truncate the sums that
     they keep, an error that grows with the run. ``LANES``: rows of a step that different threads hold.
     """
+    begin(DEPENDENT)
     row_tile, column_tile = tile_pair(tl.program_id(0), TILES)
     part = tl.program_id(1)
     SAMPLES: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
@@ -213,8 +215,10 @@ def gram_reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """The parts of partial [split, elements] summed in an order that BLOCK_S alone decides; G's lower half mirrored."""
+    begin(DEPENDENT)
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     offs_s = tl.arange(0, BLOCK_S)
     mask_e = offs_e < elements

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, relu
+from .common import affine, begin, relu
 
 
 @triton.jit
@@ -42,8 +42,10 @@ def gram_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     # The tiles of one row range are neighbours in launch order: they read the same rows from L2.
+    begin(DEPENDENT)
     pid_q = tl.program_id(0) // num_n
     pid_p = tl.program_id(0) % num_n
     pid_split = tl.program_id(1)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .common import begin
+
 
 @triton.jit
 def nhwc_kernel(
@@ -15,8 +17,10 @@ def nhwc_kernel(
     stride_p,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One tile of one image. Reads are contiguous along pixels where ``stride_p`` is 1, writes along channels."""
+    begin(DEPENDENT)
     tiles_c = tl.cdiv(channels, BLOCK_C)
     tiles_p = tl.cdiv(pixels, BLOCK_P)
     n = (tl.program_id(0) // (tiles_c * tiles_p)).to(tl.int64)

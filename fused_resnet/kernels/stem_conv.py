@@ -19,6 +19,7 @@ window's.
 import triton
 import triton.language as tl
 
+from .common import begin
 from .implicit_gemm import next_rows, split_rows
 
 
@@ -36,8 +37,10 @@ def stem_pad_kernel(
     CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """x [N, H, W, CHANNELS] -> padded [N, padded_h, 2*pairs, 4], zero around and behind; ``rows`` = N * padded_h."""
+    begin(DEPENDENT)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = offs_m // padded_h
@@ -78,11 +81,13 @@ def stem_conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Writes y [M, Co] and tiles [2, T, Co], the mean and M2 of each M tile of y as stored.
 
     A step of the loop takes BLOCK_K // RUN rows of the filter.
     """
+    begin(DEPENDENT)
     # Elements that every origin is a multiple of.
     ALIGNED: tl.constexpr = 8 if STRIDE_W % 2 == 0 else 4
     FILTER_ROWS: tl.constexpr = BLOCK_K // RUN
@@ -158,6 +163,7 @@ def stem_conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Writes dw [split, Co, R*S*CHANNELS]: each program one tile of it, summed over a contiguous range of rows.
 
@@ -167,6 +173,7 @@ def stem_conv_wgrad_kernel(
     copies of 16 bytes pass L1 by, those of 8 do not. Here a warp's lanes lie along the runs of one pixel, and what
     the next pixels' share with them is found in L1. (Forward, a warp holds several pixels of one row.)
     """
+    begin(DEPENDENT)
     tiles_n = tl.cdiv(R * RUN, BLOCK_N)
     offs_co = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -17,7 +17,7 @@ y, dy [N, H, W, C]; out, dout, index [N, P, Q, C] (index uint8); stats [4, C]; c
 import triton
 import triton.language as tl
 
-from .common import affine, relu, relu_grad, widened
+from .common import affine, begin, relu, relu_grad, widened
 
 
 @triton.jit
@@ -42,8 +42,10 @@ def stem_pool_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
     KEEPS_INDEX: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One program: BLOCK_M output pixels by BLOCK_C channels. ``index_ptr`` is None unless KEEPS_INDEX."""
+    begin(DEPENDENT)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
@@ -132,8 +134,10 @@ def stem_pool_grad_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One program: STEPS * BLOCK_M cells by BLOCK_C channels into one tile."""
+    begin(DEPENDENT)
     pid_m = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = (offs_c < C)[None, :]
@@ -181,8 +185,10 @@ def stem_pool_grad_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One program: BLOCK_M cells by BLOCK_C channels of dy."""
+    begin(DEPENDENT)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M

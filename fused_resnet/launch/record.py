@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..plan.config import GemmConfig, PassConfig
+from . import dependent
 
 Config = GemmConfig | PassConfig
 
@@ -161,10 +162,14 @@ def launch(
     note(kernel.fn.__name__, flops, touched, config)
     if 0 in grid:
         return
+    options = config.options
+    if dependent.is_known_to(kernel):
+        arguments["DEPENDENT"] = depends = dependent.is_wanted(device)
+        options = {**options, "launch_pdl": True} if depends else options
     if device.type == "meta":
         if _rehearsal.on_kernel is not None:
             assert _rehearsal.launches is not None
-            _rehearsal.on_kernel(Rehearsed(kernel, arguments, dict(config.options), grid, _rehearsal.launches[-1]))
+            _rehearsal.on_kernel(Rehearsed(kernel, arguments, dict(options), grid, _rehearsal.launches[-1]))
         return
     for watch in _watches:
         watch.begin(kernel.fn.__name__, config)
@@ -172,8 +177,8 @@ def launch(
     # Who is told of a launch sees nothing of the operators of PyTorch's that it takes.
     unseen = nullcontext() if _listener.on_launch is None else torch._C._DisableTorchDispatch()
     with torch.cuda.device(device) if elsewhere else nullcontext(), unseen:
-        made = kernel[grid](**arguments, **config.options)
+        made = kernel[grid](**arguments, **options)
     for watch in _watches:
         watch.end()
     if _listener.on_launch is not None:
-        _listener.on_launch(kernel, grid, arguments, config.options, made)
+        _listener.on_launch(kernel, grid, arguments, options, made)

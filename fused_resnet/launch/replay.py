@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..alike import Kinds, are_plain
-from . import record
+from . import dependent, record
 from .check import allows_tf32
 
 Tensor = torch.Tensor
@@ -47,7 +47,7 @@ def replaying(body: Body) -> Body:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         values = [Tensor if isinstance(a, Tensor) else tuple(a) if type(a) is list else a for a in arguments]
         # Switches that launchers read, and by which the vendor's convolutions choose the layout of what they return.
-        key = *values, allows_tf32(), torch._C._get_cudnn_enabled()
+        key = *values, allows_tf32(), torch._C._get_cudnn_enabled(), dependent.is_on()
         kind = kinds.find(key, tensors)
         if kind is None:
             if otherwise is not body and not (are_plain(tensors) and all(map(_is_carried_out, tensors))):
