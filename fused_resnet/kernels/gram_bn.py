@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .bn_stats import store_stats, update_statistics
 from .bn_sync import store_packed
-from .common import widened
+from .common import begin, widened
 from .gram import pivot_row
 
 
@@ -78,6 +78,7 @@ def gram_finalize_kernel(
     PARTS: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One program per BLOCK_Q output channels.
 
@@ -85,6 +86,7 @@ def gram_finalize_kernel(
     left, as float64 would. ``PACKS``: ``stats_ptr`` takes up what the process tells others of its rows (bn_sync.py).
     ``COMPARES``: ``m_ptr`` takes up var and alone, [q] each, behind the mean.
     """
+    begin(DEPENDENT)
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from .bn_sync import rank_sums
-from .common import widened
+from .common import begin, widened
 from .gram_bn import dot_parts
 from .gram_rows import row_products
 
@@ -78,12 +78,14 @@ def gram_backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """dgamma, S, dW, A∘W of BLOCK_Q output channels; ``SCALED``: and how much each adds to abs(P) at most.
 
     ``TERMS`` of A∘W are stored, and the first program says how many count. ``CENTRED``: T is that of a centred input.
     ``SYNC``: S is by the sums of all processes, and ``owed`` is made: see gram_rows.py.
     """
+    begin(DEPENDENT)
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_p = tl.arange(0, BLOCK_P)
     mask_q = offs_q < Q
@@ -169,8 +171,10 @@ def gram_product_kernel(
     TERMS: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """One tile of P = Wᵀ(S∘A∘W), as one rounded term or two. ``PARTS``: two have as many bits as two terms."""
+    begin(DEPENDENT)
     tiles = tl.cdiv(P, BLOCK_N)
     offs_i = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -232,8 +236,10 @@ def gram_bias_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """bias = -(dbeta / M) (A∘W) - m P: what the two products of dgrad owe the means of dz and of a."""
+    begin(DEPENDENT)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < P

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, relu, relu_grad
+from .common import affine, begin, relu, relu_grad
 from .implicit_gemm import sampled_rows, split_rows
 
 
@@ -105,8 +105,10 @@ def gram_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """``HAS_RELU``: a = relu(y*scale + shift), else a = y. ``WHOLE``: one N tile holds all of p, and a is one block."""
+    begin(DEPENDENT)
     SAMPLES: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
     pid_m = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .bn_sync import store_packed
+from .common import begin
 
 
 @triton.jit
@@ -77,7 +78,9 @@ def gram_sums_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin(DEPENDENT)
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     mask_q = offs_q < Q
     rows_q = offs_q.to(tl.int64)[:, None] * P
