@@ -163,7 +163,6 @@ def backward(
             dout, mask, y, y_stats[2:], plan.gram.masked_wgrad, store_dz=plan.stores_dz, input_mean=input_mean
         )
         dz, bits = (dout, mask) if written is None else (written, None)
-        sum_dz = sum_dz.clone()  # it becomes the gradient of beta, which must not keep the products' memory
     else:
         dz, bits = reduced.dz, None
         _, sum_dz, _ = bn_grad_finalize(reduced.tiles, kept.stats, layer.gamma, problem.M)
@@ -200,9 +199,8 @@ def projection_backward(
     assert plan.gram is not None
     input_mean = kept.moments if plan.gram.centres else None
     products = conv_wgrad(x, dz, problem, configs.wgrad, input_mean=input_mean, out_dtype=kept.stats.dtype)
-    # A copy, because the sum is the gradient of the other layer's beta as well.
     wants_dy = needs.weight or wants_dgrad
-    small = _small(plan, layer, kept, products, behind.sum_dz.clone(), problem.M, wants_dy=wants_dy)
+    small = _small(plan, layer, kept, products, behind.sum_dz, problem.M, wants_dy=wants_dy)
     dx = None
     if wants_dgrad:
         matrices = small.aw, small.p, small.bias

@@ -9,7 +9,7 @@ D is what T would be of a centred input: the mean of dz, which may be 30 times i
 bias are made of A∘W as rounded, and bias of P as rounded: da is then the centred (dz + S∘y) times the very matrix A∘W
 that dgrad reads, and what cancels between dz and its share along y or the mean cancels whatever the rounding was.
 
-    gram_backward_kernel     T -> dgamma, S, dW, A∘W
+    gram_backward_kernel     T, dbeta -> dgamma, dbeta (in memory of its own), S, dW, A∘W
     gram_product_kernel      S, A∘W -> P
     gram_bias_kernel         A∘W, P -> bias
 
@@ -54,6 +54,7 @@ def gram_backward_kernel(
     stats_ptr,
     w_ptr,
     dbeta_ptr,
+    dbeta_out_ptr,
     dgamma_ptr,
     s_ptr,
     bound_ptr,
@@ -93,6 +94,7 @@ def gram_backward_kernel(
     rstd = tl.load(stats_ptr + Q + offs_q, mask=mask_q, other=0.0)
     coeff_a = tl.load(stats_ptr + 2 * Q + offs_q, mask=mask_q, other=0.0)
     dbeta = tl.load(dbeta_ptr + offs_q, mask=mask_q, other=0.0)
+    tl.store(dbeta_out_ptr + offs_q, dbeta, mask=mask_q)
 
     along, of_mean, widest = row_products(
         t_ptr, m_ptr, w_ptr, dbeta, rows_q, mask_q, P, CENTRED, SYNC, SCALED, BLOCK_Q, BLOCK_P, ACC

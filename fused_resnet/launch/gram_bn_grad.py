@@ -95,7 +95,7 @@ def gram_backward(
         raise ValueError("gram_backward of 16-bit data takes the moments")
 
     dw = torch.empty((q, p, 1, 1), dtype=out_dtype, device=device, memory_format=torch.channels_last)
-    dgamma, share = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(2))
+    dgamma, dbeta, share = (torch.empty((q,), dtype=acc_dtype, device=device) for _ in range(3))
     aw = torch.empty((2, q, p) if terms == 2 else (q, p), dtype=weight.dtype, device=device)
     aw_terms = torch.empty((1,), dtype=torch.int32, device=device) if terms == 2 else None
     product = torch.empty((terms, p, p), dtype=weight.dtype, device=device)
@@ -111,7 +111,7 @@ def gram_backward(
     launch(
         gram_backward_kernel,
         (ceil_div(q, rows_config.block_m),),
-        touched=(t, v, moments, stats, weight, sum_dz, dgamma, share, bound, dw, aw, aw_terms, *others_touched),
+        touched=(t, v, moments, stats, weight, sum_dz, dbeta, dgamma, share, bound, dw, aw, aw_terms, *others_touched),
         flops=0,
         config=rows_config,
         device=device,
@@ -121,6 +121,7 @@ def gram_backward(
         stats_ptr=stats,
         w_ptr=weight,
         dbeta_ptr=sum_dz,
+        dbeta_out_ptr=dbeta,
         dgamma_ptr=dgamma,
         s_ptr=share,
         bound_ptr=bound,
@@ -165,7 +166,7 @@ def gram_backward(
         **{**common, "ACC": tl.float64 if terms == 1 else tl.float32},  # the one term of P: all that float32 holds
     )
     if moments is None:
-        return GramGrads(dw, dgamma, sum_dz, aw, aw_terms, product, None, scales, owed)
+        return GramGrads(dw, dgamma, dbeta, aw, aw_terms, product, None, scales, owed)
     bias = torch.empty((p,), dtype=acc_dtype, device=device)
     bias_config = gram_bias_config(p, interpreter=interpreter)
     launch(
@@ -187,4 +188,4 @@ def gram_backward(
         BLOCK_N=bias_config.block_c,
         **common,
     )
-    return GramGrads(dw, dgamma, sum_dz, aw, aw_terms, product, bias, scales, owed)
+    return GramGrads(dw, dgamma, dbeta, aw, aw_terms, product, bias, scales, owed)
