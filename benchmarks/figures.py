@@ -18,7 +18,6 @@ COLUMNS = {
     "max-autotune": "`torch.compile`, max-autotune",
     "ours": "fused",
     "ours graph": "fused, CUDA graph",
-    "ours graph, dependent launches": "fused, CUDA graph of dependent launches",
 }
 ORDER = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152")
 

@@ -16,7 +16,6 @@ COLOURS = {
     "max-autotune": "#cb6e17",
     "ours": "#4c9be8",
     "ours graph": "#0b69a3",
-    "ours graph, dependent launches": "#084f7a",
 }
 
 

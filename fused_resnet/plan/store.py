@@ -83,7 +83,7 @@ class Remembered:
         tables.parse(document)
         tables.parse_routes(document)
         identity = Identity(**document["identity"])
-        if type(identity.capability) is not int or not all(type(name) is str for name in identity.names):
+        if type(identity.capability) is not int or not all(isinstance(name, str) for name in identity.names):
             raise ValueError(f"measured on {document['identity']}")
         return cls(identity, dict(document["entries"]), dict(document["routes"]))
 

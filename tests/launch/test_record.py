@@ -15,6 +15,8 @@ pytestmark = pytest.mark.quick
 class Kernel:
     """Stands in for a Triton kernel: ``kernel[grid](...)`` keeps what it was called with."""
 
+    arg_names = ("rows",)
+
     def __init__(self, name):
         self.fn = SimpleNamespace(__name__=name)
         self.calls = []

@@ -44,6 +44,7 @@ class Kernel:
     """A jitted function's launch, as ``record.launch`` makes it."""
 
     fn = SimpleNamespace(__name__="some_kernel")
+    arg_names = ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda **_: None
