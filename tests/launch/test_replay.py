@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -54,6 +54,23 @@ class Counted:
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         self.count += 1
         return self.body(*arguments)
+
+
+def launch_of(launched: Callable[[Tensor, Tensor], None], x: Tensor) -> Tensor:
+    """What a kernel writes that reads ``x`` and does what ``launched`` says."""
+    y, settings = torch.empty_like(x), cast(Any, SimpleNamespace(options={}))
+
+    class Kernel:
+        class fn:
+            __name__ = "kernel"
+
+        arg_names = ("a_ptr", "b_ptr")
+
+        def __getitem__(self, grid: Any) -> Any:
+            return launched
+
+    record.launch(Kernel(), (1,), touched=(), flops=0, config=settings, device=x.device, a_ptr=x, b_ptr=y)
+    return y
 
 
 def double_rows(scale: float, x: Tensor, *rows: Tensor | None) -> tuple[Tensor, ...]:
@@ -249,32 +266,17 @@ def test_memory_is_freed_where_it_was_read_last() -> None:
     alive: list[int] = []
     made: list[Any] = []
 
-    class Kernel:
-        """Stands for a jitted function: notes which of the tensors it was ever given are alive."""
-
-        class fn:
-            __name__ = "kernel"
-
-        arg_names = ("a_ptr", "b_ptr")
-
-        def __getitem__(self, grid: Any) -> Any:
-            def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
-                b_ptr.copy_(a_ptr + 1)
-                alive.append(sum(reference() is not None for reference in made))
-                made.append(weakref.ref(b_ptr))
-
-            return launched
+    def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
+        """Notes which of the tensors it was ever given are alive."""
+        b_ptr.copy_(a_ptr + 1)
+        alive.append(sum(reference() is not None for reference in made))
+        made.append(weakref.ref(b_ptr))
 
     def body(x: Tensor) -> tuple[Tensor, ...]:
         for _ in range(3):
-            y = torch.empty_like(x)
-            settings: Any = SimpleNamespace(options={})
-            record.launch(
-                Kernel(), (1,), touched=(), flops=0, config=settings, device=torch.device("cpu"), a_ptr=x, b_ptr=y
-            )
-            x = y
+            x = launch_of(launched, x)
         torch.empty_like(x)
-        return (y,)
+        return (x,)
 
     call = replaying(body)
     x = torch.zeros(5)
@@ -301,25 +303,11 @@ def test_memory_that_nobody_reads_is_not_asked_for(written: list[Any]) -> None:
 def test_what_launching_takes_of_pytorch_is_no_line_of_its_own(written: list[Any]) -> None:
     """Triton asks for scratch memory by PyTorch's operators, and its interpreter copies tensors."""
 
-    class Kernel:
-        class fn:
-            __name__ = "kernel"
-
-        arg_names = ("a_ptr", "b_ptr")
-
-        def __getitem__(self, grid: Any) -> Any:
-            def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
-                b_ptr.copy_(torch.empty(0).set_(a_ptr.untyped_storage(), 0, (5,)) + 1)
-
-            return launched
+    def launched(a_ptr: Tensor, b_ptr: Tensor) -> None:
+        b_ptr.copy_(torch.empty(0).set_(a_ptr.untyped_storage(), 0, (5,)) + 1)
 
     def body(x: Tensor) -> tuple[Tensor, ...]:
-        y = torch.empty_like(x)
-        settings: Any = SimpleNamespace(options={})
-        record.launch(
-            Kernel(), (1,), touched=(), flops=0, config=settings, device=torch.device("cpu"), a_ptr=x, b_ptr=y
-        )
-        return (y, torch.empty(0))
+        return (launch_of(launched, x), torch.empty(0))
 
     call = replaying(body)
     for start in range(3):
