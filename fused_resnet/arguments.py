@@ -114,9 +114,13 @@ def check_layers(layers: Sequence[Layer], count: int) -> None:
         raise ValueError(f"expected {count} (conv, bn) layers, got {len(layers)}")
 
 
-def check_image(x: Tensor) -> None:
+def check_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor, got a {type(x).__name__}")
+
+
+def check_image(x: Tensor) -> None:
+    check_tensor(x)
     if x.layout != torch.strided:
         raise TypeError(f"expected a dense tensor, got a {x.layout} one")
     if x.dim() != 4:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from . import plain
-from .arguments import BatchNorm, Conv, Layer, Pair, is_autocast
+from .arguments import BatchNorm, Conv, Layer, Pair, check_tensor, is_autocast
 from .autograd import absent, chain
 from .plan.passes import CUMULATIVE
 from .plan.route import RouteRequest, RouteUnavailableError, check_route, requested
@@ -49,8 +49,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` runs in: autocast's, where it is on."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a tensor, got a {type(x).__name__}")
+    check_tensor(x)
     if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -63,6 +63,7 @@ from .calls import (
 )
 from .layout import is_channels_last, nhwc
 from .plan import planner, tables
+from .plan.passes import CUMULATIVE
 from .plan.route import RouteRequest
 from .plan.target import assumption
 
@@ -262,7 +263,7 @@ def conv_bn_chain(
         if key is not None and are_plain(tensors):
             _settled.remember(key, tensors, settled)
 
-    if settled.counts_first:
+    if CUMULATIVE in settled.momenta:
         count_first(*[bn for _, bn in everything])
     if settled.converts:
         x, residual = nhwc(x.to(dtype)), None if residual is None else nhwc(residual.to(dtype))
@@ -319,7 +320,6 @@ def _settle(
         tuple([momentum_of(bn) for _, bn in everything]),
         tuple([float(bn.eps) for _, bn in everything]),
         any(t.dtype != dtype or not t.is_contiguous(memory_format=torch.channels_last) for t in images),
-        any(bn.momentum is None for _, bn in everything),
         is_channels_last(x) or any(is_channels_last(conv.weight) for conv, _ in everything),
     )
 
@@ -331,7 +331,6 @@ class _Settled(NamedTuple):
     momenta: tuple[float, ...]
     epsilons: tuple[float, ...]
     converts: bool
-    counts_first: bool
     channels_last: bool
 
 

@@ -69,6 +69,4 @@ def refuse_second_derivative(operator: Callable[..., Any], *arguments: Any) -> A
 
 
 def _tensors(arguments: Sequence[Any]) -> list[torch.Tensor]:
-    """Those among ``arguments`` and in its lists."""
-    every = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]
-    return [t for t in every if isinstance(t, torch.Tensor)]
+    return [argument for argument in arguments if isinstance(argument, torch.Tensor)]

@@ -146,7 +146,7 @@ def bn_finalize(
     launch(
         bn_finalize_kernel,
         (ceil_div(channels, config.block_c),),
-        touched=(data, stats, weight, bias, counter, counter, *2 * (running_mean, running_var)),
+        touched=(data, stats, weight, bias, *2 * (running_mean, running_var, counter)),
         flops=0,
         config=config,
         device=data.device,

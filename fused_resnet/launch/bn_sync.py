@@ -71,7 +71,7 @@ def bn_sync_finalize(
     launch(
         bn_sync_finalize_kernel,
         (ceil_div(channels, config.block_c),),
-        touched=(gathered, stats, weight, bias, counter, counter, *2 * (running_mean, running_var)),
+        touched=(gathered, stats, weight, bias, *2 * (running_mean, running_var, counter)),
         flops=0,
         config=config,
         device=gathered.device,

@@ -70,11 +70,13 @@ def gram_finalize(
     parts = 3 if weight.dtype == torch.bfloat16 else 0
     wide, interpreter = g.dtype == torch.float64, g.device.type == "cpu"
     config = gram_finalize_config(p, parts=parts, wide=wide, interpreter=interpreter)
-    updated = [counter, *(t for t in (running_mean, running_var) if t is not None)]
     launch(
         gram_finalize_kernel,
         (ceil_div(q, config.block_m),),
-        touched=(g, c, pivot, input_affine, weight, gamma, beta, *updated, *updated, stats, v, moments),
+        touched=(
+            *(g, c, pivot, input_affine, weight, gamma, beta, stats, v, moments),
+            *2 * (running_mean, running_var, counter),
+        ),
         flops=2 * q * p * p,
         config=config,
         device=g.device,
