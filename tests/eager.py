@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_resnet import functional
 from fused_resnet.plan import planner, tables
+from fused_resnet.plan.config import GemmConfig
 from fused_resnet.plan.plans import Choice, Plan, decode
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -149,6 +150,15 @@ def formed(text: str) -> str:
         projection=edit(plan.projection) if plan.projection else None,
         gram=replace(plan.gram, masked_wgrad=None) if plan.gram else None,
     ).encode()
+
+
+def paired(text: str) -> str:
+    """The encoded plan whose first convolution has both gradients by one kernel, where that can be."""
+    plan = decode(text)
+    if not plan.convs or not plan.convs[0].problem.is_gemm:
+        return text
+    first = replace(plan.convs[0], pair=GemmConfig(16, 16, 64, num_warps=4, split=3))
+    return replace(plan, convs=(first, *plan.convs[1:])).encode()
 
 
 def mixing(vendor: Choose) -> AbstractContextManager[None]:

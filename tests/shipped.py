@@ -31,6 +31,7 @@ from fused_resnet.launch import (
 from fused_resnet.launch.bits import empty_bits
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import Projection, conv_fprop
+from fused_resnet.launch.conv_pair import conv_pair
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.launch.gram_dgrad import gram_dgrad
 from fused_resnet.launch.gram_rows import gram_sums
@@ -38,6 +39,7 @@ from fused_resnet.launch.gram_wgrad import gram_wgrad
 from fused_resnet.plan import planner, tables
 from fused_resnet.plan.candidates import candidates
 from fused_resnet.plan.config import GemmConfig, supports
+from fused_resnet.plan.conv_pair import pair_candidates
 from fused_resnet.plan.defaults import choices, default_config
 from fused_resnet.plan.gram_wgrad import gram_wgrad_config
 from fused_resnet.plan.passes import CUMULATIVE, pass_config, reduce_config, window_config
@@ -140,6 +142,20 @@ def _wgrad(p: ConvProblem, first: bool, target: Target, dtype: torch.dtype) -> N
         conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
     for config in configurations(p, "wgrad", target, formed=True):
         conv_wgrad(x, dy, p, config, out_dtype=torch.float32)
+
+
+def _pair(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
+    """Both gradients of a chain's first 1x1 in one kernel: whatever tile is measured."""
+    x, dy, w = (_image(*size, dtype) for size in ((p.N, p.Ci, p.H, p.W), (p.N, p.Co, p.P, p.Q), (p.Co, p.Ci, 1, 1)))
+    compact, bits = _image(p.N, p.Ci, -(-p.H // 2), -(-p.W // 2), dtype), empty_bits(x.shape, x.device)
+    for config in pair_candidates(p, target):
+        for shortcut in (
+            {},
+            {"residual": x},
+            {"residual": x, "residual_bits": bits},
+            {"residual": compact, "residual_stride": (2, 2)},
+        ):
+            conv_pair(x, dy, dy, _rows(3, p.Co), w, p, config, **shortcut, out_dtype=torch.float32)
 
 
 def _passes(p: ConvProblem, target: Target, dtype: torch.dtype) -> None:
@@ -326,6 +342,8 @@ def _layer(layer: Layer, target: Target, dtype: torch.dtype) -> None:
         _fprop(p, first, target, dtype)
         _dgrad(p, role, stride, target, dtype)
         _wgrad(p, first, target, dtype)
+        if role == "conv1" and p.is_gemm:
+            _pair(p, target, dtype)
         if role == "conv3":
             _gram(p, target, dtype)
             _single(p, target, dtype)

@@ -61,6 +61,10 @@ def layer(
     )
 
 
+PAIR = GemmConfig(32, 16, 32, num_warps=4, split=3)
+"""Of a first 1x1 whose gradients are one kernel's, where a test's ``source`` is "paired"."""
+
+
 @dataclass
 class Chain:
     """Layers, a shortcut (none, the input itself, a projection), an input: what runs and what it is held against."""
@@ -106,6 +110,8 @@ class Chain:
 
         problems = self.problems()
         convs = tuple(ConvPlan(p, *(choice(kind, p) for kind in SMALL_TILES)) for p in problems)
+        if self.source == "paired":
+            convs = (replace(convs[0], pair=PAIR), *convs[1:])
         count = len(self.layers)
         shortcut = "identity" if self.identity else "projection" if self.projection else "none"
         projected = problems[-1] if self.projection else None

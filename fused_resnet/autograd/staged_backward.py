@@ -13,6 +13,7 @@ import torch
 
 from ..launch import vendor
 from ..launch.conv_dgrad import conv_dgrad
+from ..launch.conv_pair import conv_pair
 from ..launch.conv_wgrad import conv_wgrad
 from ..launch.frozen_grad import frozen_grad
 from ..launch.record import note
@@ -40,6 +41,15 @@ class Formed(NamedTuple):
     y: None = None
     coeffs: None = None
     dx: Tensor | None = None
+
+
+class Shortcut(NamedTuple):
+    """What the residual branch adds to dx: at every ``residual_stride``-th pixel; with ``residual_bits`` what these let
+    through (the plan sees to it that the kernel can, :attr:`Plan.stores_dz`)."""
+
+    residual: Tensor | None = None
+    residual_stride: tuple[int, int] = (1, 1)
+    residual_bits: Tensor | None = None
 
 
 def wgrad(
@@ -92,6 +102,11 @@ class _Step(NamedTuple):
         """Whether both gradients are asked for, and the vendor computes both."""
         wanted = self.wants_dgrad and self.needs.weight
         return wanted and self.conv.dgrad.config is None and self.conv.wgrad.config is None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether one kernel computes both gradients: as planned, if both are asked for, of a batch's statistics."""
+        return self.conv.pair is not None and self.wants_dgrad and self.needs.weight and self.y is not None
 
     @property
     def needs_forming(self) -> bool:
@@ -173,9 +188,9 @@ def backward(
         assert reduced is not None
         of_last = _sums(passes, step_of(last), reduced)
 
-    dx_residual, residual_stride, residual_bits = None, (1, 1), None
+    shortcut = Shortcut()
     if problem.residual == "identity":
-        dx_residual, residual_bits = dz_out, behind.bits if behind is not None else None
+        shortcut = Shortcut(dz_out, residual_bits=behind.bits if behind is not None else None)
     elif wants_projection and not projects_staged:
         assert plan.projection is not None and behind is not None
         covariance, projection_moments = saved.ys[-1], saved.projection_moments
@@ -184,25 +199,28 @@ def backward(
         grads[-1], dx_residual = gram_route.projection_backward(
             plan, layers[-1], kept, x, needs[-1], behind, wants_dgrad=needs_x
         )
-        residual_stride = plan.projection.problem.stride
+        shortcut = Shortcut(dx_residual, plan.projection.problem.stride)
     elif wants_projection:
         assert plan.projection is not None and reduced is not None
         step = _Step(plan.projection, layers[-1], x, None, y_projection, saved.stats[-1], needs[-1], needs_x)
         sums = _sums(passes, step, reduced, row=2 if batch else 1)
         grads[-1], gradient = _layer_backward(passes, step, reduced.dz, sums)
         if needs_x:
-            dx_residual, residual_stride = _projection_grad(step, gradient)
+            shortcut = Shortcut(*_projection_grad(step, gradient))
 
     dx = None
     for i in range(last - 1 if gram else last, lowest - 1, -1):
         assert pending is not None
         step = step_of(i)
         sums = of_last if i == last and of_last is not None else _sums(passes, step, pending)
+        if i == 0 and step.is_paired:
+            grads[0], dx = _both_gradients(step, pending.dz, sums, shortcut)
+            continue
         grads[i], gradient = _layer_backward(passes, step, pending.dz, sums)
         if step.wants_dgrad and i > 0:
             pending = Reduced(*_masked_dgrad(passes, step, saved.stats[i - 1], gradient))
         elif step.wants_dgrad:
-            dx = input_grad(step.conv, step.layer.weight, x, gradient, dx_residual, residual_stride, residual_bits)
+            dx = input_grad(step.conv, step.layer.weight, x, gradient, shortcut)
     return dx, dresidual, grads
 
 
@@ -242,6 +260,19 @@ def _layer_backward(
     return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient
 
 
+def _both_gradients(
+    step: _Step, dz: Tensor, sums: tuple[Tensor, Tensor, Tensor], shortcut: Shortcut
+) -> tuple[LayerGrad, Tensor]:
+    """The gradients of the chain's first layer and of its input, by one kernel."""
+    assert step.conv.pair is not None and step.y is not None
+    dgamma, dbeta, coeffs = sums
+    operands = step.input, dz, step.y, coeffs, step.layer.weight
+    dx, dw = conv_pair(
+        *operands, step.conv.problem, step.conv.pair, out_dtype=step.layer.weight_dtype, **shortcut._asdict()
+    )
+    return (LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw)), dx
+
+
 def _vendor_dgrad(conv: ConvPlan, weight: Tensor, x: Tensor, grad: Gradient | Formed) -> Tensor:
     """``x`` gives the shape alone."""
     given = grad.dx if isinstance(grad, Formed) else None
@@ -258,39 +289,21 @@ def _projection_grad(step: _Step, gradient: Gradient | Formed) -> tuple[Tensor, 
     return dx, conv.problem.stride if conv.problem.is_pointwise else (1, 1)
 
 
-def input_grad(
-    conv: ConvPlan,
-    weight: Tensor,
-    x: Tensor,
-    grad: Gradient | Formed,
-    residual: Tensor | None,
-    residual_stride: tuple[int, int],
-    residual_bits: Tensor | None = None,
-) -> Tensor:
-    """dx of the chain's first conv, the residual branch's share added (of which with ``residual_bits`` what they let
-    through: the plan sees to it that the kernel can, :attr:`Plan.stores_dz`)."""
-    config = conv.dgrad.config
+def input_grad(conv: ConvPlan, weight: Tensor, x: Tensor, grad: Gradient | Formed, shortcut: Shortcut) -> Tensor:
+    """dx of the chain's first conv, the residual branch's share added."""
+    config, residual = conv.dgrad.config, shortcut.residual
     if config is None or (config.form != "rows" and residual is not None):
-        assert residual_bits is None
+        assert shortcut.residual_bits is None
         if config is None:
             dx = _vendor_dgrad(conv, weight, x, grad)
         else:
             dx, _ = conv_dgrad(grad.dz, weight, conv.problem, config)
         if residual is not None:
-            dx[:, :, :: residual_stride[0], :: residual_stride[1]].add_(residual)
+            down, right = shortcut.residual_stride
+            dx[:, :, ::down, ::right].add_(residual)
             note("add_residual_grad", 0, (residual, residual, residual), {})
         return dx
-    dx, _ = conv_dgrad(
-        grad.dz,
-        weight,
-        conv.problem,
-        config,
-        y=grad.y,
-        coeffs=grad.coeffs,
-        residual=residual,
-        residual_stride=residual_stride,
-        residual_bits=residual_bits,
-    )
+    dx, _ = conv_dgrad(grad.dz, weight, conv.problem, config, y=grad.y, coeffs=grad.coeffs, **shortcut._asdict())
     return dx
 
 

@@ -12,7 +12,7 @@ from ..plan.passes import window_config
 from ..plan.plans import Plan, decode
 from .layer import Layer, Passes, frozen_stats, operands, unpacked
 from .library import define, refuse_second_derivative
-from .staged_backward import Formed, input_grad, wgrad
+from .staged_backward import Formed, Shortcut, input_grad, wgrad
 from .staged_forward import conv_only, conv_raw
 
 Tensor = torch.Tensor
@@ -107,7 +107,7 @@ def _backward(
         if needs_weight:
             dw = wgrad(passes, conv, w, x, None, Formed(dy), weight.dtype)
         if needs_x:
-            dx = input_grad(conv, w, x, Formed(dy), None, (1, 1))
+            dx = input_grad(conv, w, x, Formed(dy), Shortcut())
     return (
         dx,
         dw,

@@ -16,6 +16,20 @@ from .check import accumulation_dtype, dot_precision, require_image, require_pro
 from .record import launch
 
 
+def require_residual(
+    residual: torch.Tensor | None, stride: Pair, bits: torch.Tensor | None, problem: ConvProblem, like: torch.Tensor
+) -> None:
+    """What is added to a gradient of the input, as :func:`conv_dgrad` has it. ValueError if it is not."""
+    p = problem
+    if residual is not None:
+        size = (ceil_div(p.H, stride[0]), ceil_div(p.W, stride[1]))
+        require_image(residual, (p.N, p.Ci, *size), like, "residual")
+    if bits is not None:
+        if residual is None or stride != (1, 1) or p.stride != (1, 1):
+            raise ValueError("residual_bits goes with a residual of every pixel, at stride 1")
+        require_bits(bits, residual.shape, like.device)
+
+
 def conv_dgrad(
     dy: torch.Tensor,
     weight: torch.Tensor,
@@ -62,13 +76,7 @@ def conv_dgrad(
         if mask_input is None:
             raise ValueError("mask_stats goes with mask_input")
         require_rows(mask_stats, 4, p.Ci, dy, "mask_stats")
-    if residual is not None:
-        size = (ceil_div(p.H, residual_stride[0]), ceil_div(p.W, residual_stride[1]))
-        require_image(residual, (p.N, p.Ci, *size), dy, "residual")
-    if residual_bits is not None:
-        if residual is None or residual_stride != (1, 1) or p.stride != (1, 1):
-            raise ValueError("residual_bits goes with a residual of every pixel, at stride 1")
-        require_bits(residual_bits, residual.shape, dy.device)
+    require_residual(residual, residual_stride, residual_bits, p, dy)
 
     acc = accumulation_dtype(dy.dtype)
     # Every parity class of input pixels has as many tiles as the largest, the first.

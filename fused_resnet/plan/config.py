@@ -16,7 +16,8 @@ FORMS = ("rows", "box", "walk")
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile of a GEMM kernel. For wgrad, ``block_m`` tiles Co, ``block_n`` Ci, ``block_k`` the reduced rows."""
+    """Tile of a GEMM kernel. For wgrad, ``block_m`` tiles Co, ``block_n`` Ci, ``block_k`` the reduced rows; for both
+    gradients in one kernel ``block_m`` the rows, ``block_n`` Ci, and ``block_k`` holds Co."""
 
     block_m: int
     block_n: int
@@ -24,7 +25,7 @@ class GemmConfig:
     num_warps: int = 8
     num_stages: int = 3
     split: int = 1
-    """wgrad only: into how many parts the reduced rows are split."""
+    """wgrad, alone or paired: into how many parts the reduced rows are split."""
     maxnreg: int | None = None
     transposed: bool = False
     """fprop and dgrad only: accumulate the transposed result. The pixels are the tensor cores' right operand then."""
@@ -98,7 +99,8 @@ MOST_TAPS = 63
 def supports(
     problem: ConvProblem, kind: str, target: Target, config: GemmConfig, *, formed: bool = False
 ) -> tuple[bool, str]:
-    """Whether our ``kind`` ("fprop", "dgrad", "wgrad") of ``problem`` runs on ``target`` with ``config``; else why.
+    """Whether our ``kind`` of ``problem`` runs on ``target`` with ``config``; else why. "fprop", "dgrad", "wgrad", or
+    "pair": both gradients of a 1x1 in one kernel.
 
     ``formed``: dy need not be formed on load.
     """
@@ -113,6 +115,8 @@ def supports(
         return False, "float64 runs in the interpreter only"
     if min(config.block_m, config.block_n, config.block_k) < 16:
         return False, f"a tile narrower than 16: {config}"
+    if kind == "pair":
+        return _supports_pair(problem, target, config)
     if config.form != "rows":
         return _supports_boxes(problem, kind, target, config)
     if config.row_taps not in (1, 3) or (config.row_taps == 3 and problem.S != 3):
@@ -124,6 +128,20 @@ def supports(
     if kind == "dgrad" and problem.is_pointwise and not formed:
         staged += config.block_m  # y, beside dz
     operands = itemsize * config.num_stages * config.block_k * staged
+    if not target.interpreter and operands > target.shared_memory:
+        return False, f"{operands} bytes of shared memory, of {target.shared_memory}"
+    return True, "supported"
+
+
+def _supports_pair(problem: ConvProblem, target: Target, config: GemmConfig) -> tuple[bool, str]:
+    if not problem.is_gemm:
+        return False, "both gradients in one kernel are those of an unstrided 1x1"
+    if problem.Co > config.block_k:
+        return False, f"a step takes all {problem.Co} output channels: {config}"
+    if problem.dtype == "float32" and not target.interpreter:
+        return False, "of 32 bits the operands of two products leave no registers"
+    rows = config.num_stages * config.block_m
+    operands = 2 * (2 * rows * (config.block_k + config.block_n) + config.block_k * config.block_n)
     if not target.interpreter and operands > target.shared_memory:
         return False, f"{operands} bytes of shared memory, of {target.shared_memory}"
     return True, "supported"

@@ -75,12 +75,13 @@ def estimate_us(problem: ConvProblem, kind: str, target: Target, config: GemmCon
 
 
 def floor_us(problem: ConvProblem, kind: str, target: Target) -> float:
-    """The least time of a pass: its tensors once at the bandwidth, or its products at the matrix rate."""
+    """The least time of a pass, or of a "pair": tensors once at the bandwidth, or products at the matrix rate."""
     p, itemsize = problem, ELEMENT_BYTES.get(problem.dtype, 2)
     x, y = (p.M if p.is_pointwise else p.N * p.H * p.W) * p.Ci, p.M * p.Co
     on_load = kind != "fprop" and p.is_pointwise
-    moved = x + y * (1 + on_load) + x * (kind == "dgrad") + p.Co * p.Ci // p.groups * p.taps
-    return max(moved * itemsize / target.bandwidth, p.flops / target.matrix_rate) * 1e6
+    paired = kind == "pair"
+    moved = x + y * (1 + on_load) + x * (kind == "dgrad") + 2 * x * paired + p.Co * p.Ci // p.groups * p.taps
+    return max(moved * itemsize / target.bandwidth, p.flops * (1 + paired) / target.matrix_rate) * 1e6
 
 
 def gain_us(problem: ConvProblem, kind: str, target: Target, config: GemmConfig) -> float:

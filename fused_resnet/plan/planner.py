@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import store, tables
-from .config import supports
+from .config import GemmConfig, supports
 from .defaults import default_config
 from .gram_plan import gram_plan, why_not_gram, why_not_gram_projection
 from .plans import ChainProblem, Choice, ConvPlan, Plan
@@ -18,6 +18,7 @@ from .single import single_config, why_not_single
 from .target import Target, current, why_not
 
 EMPTY_BATCH = "the batch is empty"
+PAIR = tables.pass_name("pair", prologue=True)
 
 
 def plan_chain(problem: ChainProblem, target: Target, route: str = "auto") -> Plan:
@@ -185,22 +186,35 @@ def plan_conv(problem: ConvProblem, target: Target, *, first: bool) -> ConvPlan:
 
 def _together(
     problem: ConvProblem, target: Target, first: bool, dgrad: Choice, wgrad: Choice
-) -> tuple[Choice, Choice, bool]:
-    """Both gradients of a 1x1, and whether one pass forms dy for both: its time is theirs together."""
+) -> tuple[Choice, Choice, bool, GemmConfig | None]:
+    """Both gradients of a 1x1, whether one pass forms dy for both (its time is theirs together), and the tile of the
+    one kernel that computes both, where that was measured to be the fastest way."""
     on_load, formed = (_both(problem, target, first, formed) for formed in (False, True))
     if not on_load:
-        return dgrad, wgrad, False
+        return dgrad, wgrad, False, None
     times = {"ours": sum(entry.us or 0.0 for entry in on_load)}
     if all(entry.vendor_us is not None for entry in on_load):
         times["the vendor's with its passes"] = sum((entry.vendor_us or 0.0) + entry.passes_us for entry in on_load)
     if formed and all(entry.whole_us is not None for entry in formed):
         times["ours from a formed dy, with its pass"] = sum(entry.whole_us or 0.0 for entry in formed)
+    paired = _paired(problem, target) if first else None
+    if paired is not None:
+        times["ours in one kernel"] = paired.us or 0.0
     reason = "measured, both gradients: " + ", ".join(f"{way} {us:.0f} us" for way, us in times.items())
     best = min(times, key=lambda way: times[way])
     if best.startswith("the vendor's"):
-        return Choice("vendor", reason), Choice("vendor", reason), False
-    fused = (Choice("fused", reason, entry.ours) for entry in (on_load if best == "ours" else formed))
-    return next(fused), next(fused), best != "ours"
+        return Choice("vendor", reason), Choice("vendor", reason), False, None
+    forms_dy, in_one = best.startswith("ours from"), best.endswith("one kernel")
+    fused = (Choice("fused", reason, entry.ours) for entry in (formed if forms_dy else on_load))
+    return next(fused), next(fused), forms_dy, paired.ours if paired is not None and in_one else None
+
+
+def _paired(problem: ConvProblem, target: Target) -> tables.Entry | None:
+    """What was measured of both gradients in one kernel, if that fits."""
+    entry = tables.lookup(problem, PAIR, target)
+    if entry is None or entry.us is None or entry.ours is None:
+        return None
+    return entry if supports(problem, "pair", target, entry.ours)[0] else None
 
 
 def _both(problem: ConvProblem, target: Target, first: bool, formed: bool) -> list[tables.Entry]:

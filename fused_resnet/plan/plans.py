@@ -34,6 +34,8 @@ class ConvPlan:
     wgrad: Choice
     forms_dy: bool = False
     """Of a 1x1: one pass forms dy for both gradients, although our kernels could form it on load."""
+    pair: GemmConfig | None = None
+    """Of a chain's first 1x1: one kernel computes both gradients where both are asked for."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def _choice(fields: dict[str, Any]) -> Choice:
 
 def _conv_plan(fields: dict[str, Any]) -> ConvPlan:
     fprop, dgrad, wgrad = (_choice(fields[name]) for name in ("fprop", "dgrad", "wgrad"))
-    return ConvPlan(_conv_problem(fields["problem"]), fprop, dgrad, wgrad, fields["forms_dy"])
+    pair = GemmConfig(**fields["pair"]) if fields["pair"] else None
+    return ConvPlan(_conv_problem(fields["problem"]), fprop, dgrad, wgrad, fields["forms_dy"], pair)
 
 
 def _configs(fields: dict[str, Any]) -> dict[str, Any]:

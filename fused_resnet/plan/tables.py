@@ -28,8 +28,8 @@ from .target import Target
 
 VERSION: Final = 1
 PASSES: Final = ("fprop", "dgrad", "wgrad")
-KINDS: Final = (*PASSES, "gram")
-"""What is measured: the passes, and the Gram matrix of a convolution's input."""
+KINDS: Final = (*PASSES, "gram", "pair")
+"""What is measured: the passes, the Gram matrix of a convolution's input, both gradients of a 1x1 in one kernel."""
 _KNOWN_GPUS: Final = ("h200", "h100", "a100", "b200", "l40s", "l4", "a10g", "t4", "v100", "4090", "3090")
 
 

@@ -25,7 +25,7 @@ from ..plan.route import RouteUnavailableError
 from ..plan.store import Remembered
 from ..plan.target import Target, interpreted
 from .chain import ChainStep, why_wrong
-from .slots import Slot, by_vendor, convs, ours, slots, with_conv
+from .slots import Slot, by_vendor, convs, ours, paired, slots, with_conv
 from .stopwatch import Stopwatch
 
 FOLLOWERS = ("conv_wgrad_reduce_kernel", "gram_reduce_kernel")
@@ -61,6 +61,7 @@ class ChainTuner:
             self._against_vendor(on_load)
             if any(conv.problem.is_pointwise and conv.wgrad.fused for _, _, conv in convs(on_load)):
                 self._against_formed(on_load, self._best(ours(staged, self.target, formed=True), "formed"))
+            self._best(paired(on_load, self.target), "pair")
             self._install()
             whole = planner.plan_chain(self.problem, self.target, "gram")
             if whole.gram is not None:

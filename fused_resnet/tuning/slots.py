@@ -8,8 +8,9 @@ from typing import Any
 
 from ..plan.candidates import candidates, gram_candidates, projection_candidates
 from ..plan.config import GemmConfig, supports
+from ..plan.conv_pair import pair_candidates
 from ..plan.gram_plan import fprop_name
-from ..plan.planner import staged_pass
+from ..plan.planner import PAIR, staged_pass
 from ..plan.plans import Choice, ConvPlan, Plan
 from ..plan.problem import ConvProblem
 from ..plan.tables import PASSES
@@ -62,8 +63,15 @@ def ours(plan: Plan, target: Target, formed: bool) -> Plan:
             found = _candidates(plan, conv.problem, kind, target, as_formed, first)
             fits = found and supports(conv.problem, kind, target, found[0], formed=as_formed)[0]
             choices[kind] = Choice("fused", "to be measured", found[0]) if fits else getattr(conv, kind)
-        plan = with_conv(plan, where, i, replace(conv, **choices, forms_dy=formed and pointwise))
+        plan = with_conv(plan, where, i, replace(conv, **choices, forms_dy=formed and pointwise, pair=None))
     return plan
+
+
+def paired(plan: Plan, target: Target) -> Plan:
+    """The plan with both gradients of the chain's first convolution by one kernel, where there is one."""
+    first = plan.convs[0]
+    found = pair_candidates(first.problem, target)
+    return with_conv(plan, "convs", 0, replace(first, pair=found[0])) if found else plan
 
 
 def by_vendor(plan: Plan, where: str, i: int, kinds: tuple[str, ...]) -> Plan:
@@ -94,6 +102,8 @@ def _candidates(
 
 def _of_conv(plan: Plan, where: str, i: int, conv: ConvPlan, target: Target) -> Iterator[Slot]:
     first = where == "projection" or i == 0
+    if conv.pair is not None:
+        yield Slot(conv.problem, "pair", PAIR, tuple(pair_candidates(conv.problem, target)[:FEW]), *_PAIR)
     for kind in PASSES:
         if getattr(conv, kind).config is None:
             continue
@@ -111,6 +121,13 @@ def _of_conv(plan: Plan, where: str, i: int, conv: ConvPlan, target: Target) -> 
 
         pass_ = staged_pass(conv.problem, kind, first, formed)
         yield Slot(conv.problem, kind, pass_, _candidates(plan, conv.problem, kind, target, formed, first), get, put)
+
+
+def _put_pair(plan: Plan, config: GemmConfig) -> Plan:
+    return with_conv(plan, "convs", 0, replace(plan.convs[0], pair=config))
+
+
+_PAIR: tuple[Callable[[Plan], GemmConfig | None], Put] = (lambda plan: plan.convs[0].pair, _put_pair)
 
 
 def _of_gram(plan: Plan, target: Target) -> Iterator[Slot]:

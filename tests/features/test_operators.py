@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import fused_resnet as fr
 from fused_resnet import functional
 from tests.conftest import INTERPRETED
-from tests.eager import editing, formed, masks_on_load, mixing, norm, pair, projects_staged, stores_a
+from tests.eager import editing, formed, masks_on_load, mixing, norm, pair, paired, projects_staged, stores_a
 
 quick = pytest.mark.quick
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter")
@@ -121,6 +121,7 @@ def test_fakes_with_memory_options(route: str, training: bool, memory: dict[str,
 EDITS = {
     "the vendor's": lambda text: text,
     "formed": formed,
+    "paired": paired,
     "masks on load": masks_on_load,
     "stores a": stores_a,
     "projection staged": projects_staged,
