@@ -97,7 +97,7 @@ def _home(value: Any) -> str | None:
 
 STATS, FPROP, DGRAD, WGRAD = "kernels.bn_stats", "kernels.conv_fprop", "kernels.conv_dgrad", "kernels.conv_wgrad"
 ACT, GRAD, STEM = "kernels.bn_act", "kernels.bn_act_grad", "kernels.stem_pool"
-BACKWARD, PAIR = "autograd.staged_backward", "kernels.conv_pair"
+BACKWARD = "autograd.staged_backward"
 
 TRUNCATED = "((({0}).to(tl.int32, bitcast=True) >> 16) << 16).to(tl.float32, bitcast=True)"
 
@@ -332,28 +332,6 @@ BUGS = [
         ("large",),
     ),
     # what composes them
-    # both gradients in one kernel
-    Bug(
-        "a pair's rows past the end contribute C", PAIR, "dy = tl.where(inside[:, None], dy, 0.0)", "pass", ("paired",)
-    ),
-    Bug("a pair without y", PAIR, "affine(widened(y, ACC), y_scale, shift)", "shift", ("paired",)),
-    Bug(
-        "a pair's last rows lost",
-        PAIR,
-        "range(first, last, BLOCK_M",
-        "range(first, last - BLOCK_M + 1, BLOCK_M",
-        ("paired",),
-    ),
-    Bug("a pair's ranges overlap", PAIR, "first = split * rows_per_split", "first = split * BLOCK_M", ("paired",)),
-    Bug("a pair's shortcut lost", PAIR, "dx += other.to(ACC)", "dx += 0.0", ("paired",)),
-    Bug("a pair of dz alone", PAIR, "dy = dy.to(dz.dtype)", "dy = dz", ("paired",)),
-    Bug(
-        "a pair's sums in 16 bits",
-        PAIR,
-        "acc = tl.dot(tl.trans(x), dy, acc, input_precision=PRECISION, out_dtype=ACC)",
-        "acc = tl.dot(tl.trans(x), dy, acc, input_precision=PRECISION, out_dtype=ACC).to(x.dtype).to(ACC)",
-        ("paired",),
-    ),
     Bug(
         "the projection's dgamma from the block's row",
         BACKWARD,

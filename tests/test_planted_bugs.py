@@ -37,13 +37,6 @@ def check_frozen() -> None:
     bottleneck(torch.float32, frozen=True).check()
 
 
-def check_paired() -> None:
-    """Both gradients of the first convolution by one kernel, over a strided shortcut and over an identity."""
-    bottleneck(torch.bfloat16, source="paired").check()
-    identity(torch.float32, source="paired").check()
-    identity(torch.float16, seed=1, source="paired").check()
-
-
 def check_vendor() -> None:
     plain(torch.float32, source="vendor").check()
     bottleneck(torch.bfloat16, source="vendor").check()
@@ -145,7 +138,6 @@ SCENARIOS = {
     "identity": check_identity,
     "frozen": check_frozen,
     "vendor": check_vendor,
-    "paired": check_paired,
     "running": check_running,
     "padded prologue": check_padded_prologue,
     "long wgrad": check_long_wgrad,

@@ -20,6 +20,8 @@ from fused_resnet.plan.target import A100, H100, INTERPRETER
 from tests import numerics
 from tests.bits import pack
 from tests.conftest import INTERPRETED
+from tests.planted_bugs import Bug, mutated_source, survives
+from tests.staged_case import bottleneck, identity
 
 pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.skipif(not INTERPRETED, reason="the interpreter's tiles")]
 
@@ -186,3 +188,48 @@ def test_which_problems_have_candidates() -> None:
     ):
         ok, reason = supports(conv1, "pair", H100, config)
         assert not ok and words in reason
+
+
+def check_blocks() -> None:
+    """Whole blocks whose first convolution has both gradients by one kernel, over a projection and over an identity."""
+    bottleneck(torch.bfloat16, source="paired").check()
+    identity(torch.float32, source="paired").check()
+    identity(torch.float16, seed=1, source="paired").check()
+
+
+def check_long() -> None:
+    """Many steps of one range: an accumulator of 16 bits has time to lose them."""
+    problem = ConvProblem(2, 24, 23, 20, 18)
+    judge(problem, operands(problem, torch.bfloat16), replace(CONFIG, block_m=16, split=1))
+
+
+SCENARIOS = {"blocks": check_blocks, "long": check_long}
+KERNEL = "kernels.conv_pair"
+BUGS = [
+    Bug("no y", KERNEL, "affine(widened(y, ACC), y_scale, shift)", "shift", ("blocks",)),
+    Bug("dz in place of dy", KERNEL, "dy = dy.to(dz.dtype)", "dy = dz", ("blocks",)),
+    Bug("the last rows of a range lost", KERNEL, "range(first, last,", "range(first, last - BLOCK_M + 1,", ("blocks",)),
+    Bug("ranges that overlap", KERNEL, "first = split * rows_per_split", "first = split * BLOCK_M", ("blocks",)),
+    Bug("the shortcut lost", KERNEL, "dx += other.to(ACC)", "dx += 0.0", ("blocks",)),
+    Bug("the first w for all", KERNEL, "tl.load(w_ptr + offs_w,", "tl.load(w_ptr + offs_w % BLOCK_N,", ("blocks",)),
+    Bug("sums in 16 bits", KERNEL, "dy, acc, input_precision=PRECISION, out_dtype=ACC)",
+        "dy, acc, input_precision=PRECISION, out_dtype=ACC).to(x.dtype).to(ACC)", ("long",)),
+    Bug("the shortcut of another path", "autograd.staged_backward", "_both_gradients(step, pending.dz, sums, shortcut)",
+        "_both_gradients(step, pending.dz, sums, Shortcut())", ("blocks",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_whole_blocks_and_long_ranges_by_the_numerics_rule(name: str) -> None:
+    SCENARIOS[name]()
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_refused(bug: Bug) -> None:
+    assert not survives(bug, SCENARIOS, (Exception,)), f"'{bug.name}' survives {', '.join(bug.scenarios)}"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_mutation_still_applies(bug: Bug) -> None:
+    compile(mutated_source(bug), bug.module, "exec")

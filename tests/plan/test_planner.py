@@ -179,6 +179,28 @@ def test_both_gradients_of_a_1x1_are_weighed_together(monkeypatch: pytest.Monkey
             assert choice.config == config and choice.fused == (config is not None) and "measured" in choice.reason
 
 
+def test_one_kernel_for_both_gradients_is_never_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where a table says that it beats every other way to both, of the very problem, in a tile that fits."""
+    conv, tile = ConvProblem(4, 16, 16, 64, 64), GemmConfig(32, 64, 64, 4, 4, split=4)
+
+    def planned(pair: tables.Entry | None, *, first: bool = True, on: Target = H100, vendor: float = 50.0) -> ConvPlan:
+        found = {name: tables.Entry(OURS, 10.0, vendor, 1.0, None, "test") for name in ("dgrad+in", "wgrad+in")}
+        found |= {planner.PAIR: pair} if pair else {}
+        monkeypatch.setattr(tables, "lookup", lambda _, name, __: found.get(name))
+        return planner.plan_conv.__wrapped__(conv, on, first=first)
+
+    faster, slower = (tables.Entry(tile, us, None, 0.0, None, "test") for us in (19.0, 21.0))
+    plan = planned(faster)
+    assert plan.pair == tile and plan.dgrad.config == plan.wgrad.config == OURS and not plan.forms_dy
+    assert "in one kernel 19 us" in plan.dgrad.reason
+    whole = Plan("staged", "a test", problem(), (plan,))
+    assert decode(whole.encode()) == whole
+    for other in (None, slower, replace(faster, ours=None), replace(faster, us=None), replace(faster, ours=OURS)):
+        assert planned(other).pair is None
+    assert planned(faster, first=False).pair is None and planned(faster, on=INTERPRETER).pair is None
+    assert planned(faster, vendor=5.0).pair is None and not planned(faster, vendor=5.0).dgrad.fused
+
+
 @pytest.mark.parametrize(("whole", "before", "masked"), [(20.0, 5.0, False), (14.0, 5.0, True), (20.0, None, False)])
 def test_the_gram_route_s_configurations_are_the_measured_ones(
     whole: float, before: float | None, masked: bool, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet import compiling
+from fused_resnet.autograd import staged_backward
 from fused_resnet.explain import image_like
 from fused_resnet.launch import record
 from fused_resnet.plan import planner, store, tables
@@ -214,6 +215,34 @@ def test_dy_is_formed_before_where_the_step_is_faster_by_it(few: None) -> None:
         assert planner.plan_conv(FIRST, HERE, first=True).forms_dy is expected
 
 
+@pytest.mark.parametrize(("us", "taken"), [(1.0, True), (1e6, False)])
+def test_one_kernel_computes_both_gradients_where_that_is_faster(
+    few: None, us: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = [GemmConfig(rows, 32, 64, 4, 2) for rows in (16, 32)]  # no other kernel's
+    monkeypatch.setattr(slots, "pair_candidates", lambda *_: tiles)
+    clock = Clock(lambda config: us if config in tiles else by_width(config), {"ours": 5.0, "convs 0 dgrad+wgrad": 9e3})
+    found, lines = run(clock, {ONE: 1})
+    entry = found.entries[tables.problem_key(FIRST)][planner.PAIR]
+    assert entry["us"] == us and entry["floor_us"] > 0 and any(line.startswith("pair+in") for line in lines)
+    plan = planner.plan_conv(FIRST, HERE, first=True)
+    assert (plan.pair in tiles) is taken and "in one kernel" in plan.dgrad.reason and not plan.forms_dy
+    assert plan.dgrad.config not in tiles and planner.plan_conv(FIRST, HERE, first=False).pair is None
+    step = ChainStep(ONE, CPU)
+    with fr.record_launches() as launches:
+        step.results(step.by_route("staged"))
+    ran = [launch.kernel for launch in launches]
+    assert ran.count("conv_pair_kernel") == taken and ran.count("conv_dgrad_kernel") == (not taken)
+
+
+def test_a_wrong_kernel_for_both_gradients_is_left_out(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = staged_backward.conv_pair
+    monkeypatch.setattr(staged_backward, "conv_pair", lambda *args, **more: (real(*args, **more)[0].zero_(), None))
+    found, lines = run(Clock(by_width), {ONE: 1})
+    assert planner.PAIR not in found.entries[tables.problem_key(FIRST)]
+    assert sum(line.startswith("pair+in") and "is left out" in line for line in lines) == 2
+
+
 @QUICK
 def test_frozen_statistics_have_routes_alone() -> None:
     frozen = replace(CHAIN, batch_statistics=False, backward=False)
@@ -298,7 +327,7 @@ def test_candidates_are_compiled_ahead_each_piece_of_code_once(few: None, monkey
     monkeypatch.setattr(measure, "compile_all", compile_all)
     monkeypatch.setattr(measure, "interpreted", lambda: False)
     found, _ = run(Clock(by_width, {"staged": 1.0}), {ONE: 1})
-    assert len(asked) == 2, "on load, and with dy formed before"
+    assert len(asked) == 3, "on load, with dy formed before, and both gradients by one kernel"
     for jobs in asked:
         described = [(job.kernel, str(job.arguments), str(job.options)) for job in jobs]
         assert len(set(described)) == len(described)
