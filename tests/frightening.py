@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,19 @@ def nearly_equal(dtype: torch.dtype, make: Make = identity_block) -> Block:
     return correlated(dtype, make, own=0.01)
 
 
+def alike(dtype: torch.dtype, make: Make = identity_block) -> Block:
+    """Channels about which one term of A∘W and two are all but as good."""
+    return correlated(dtype, make, own=0.3)
+
+
+def unequal(dtype: torch.dtype, make: Make = identity_block) -> Block:
+    """Correlated channels whose sizes lie up to a hundredfold apart."""
+    block = correlated(dtype, make, own=0.1)
+    gamma = block.layers[1].gamma
+    gamma.copy_(10 ** (-2 * torch.linspace(0, 1, len(gamma)))[torch.arange(len(gamma)) * 7 % len(gamma)])
+    return block
+
+
 def orthogonal(dtype: torch.dtype, make: Make = identity_block) -> Block:
     """Filters along the directions in which correlated data vary least: eps outweighs the variance of y."""
     block = correlated(dtype, make)
@@ -165,6 +179,11 @@ def rows(count: int) -> Make:
         return make(dtype, size=(count, 1, 1))
 
     return block
+
+
+def draws(make: Make, dtype: torch.dtype, block: Make, count: int = 12) -> Iterator[Block]:
+    """Several of the same kind."""
+    return (make(dtype, partial(block, seed=100 * draw)) for draw in range(count))
 
 
 SCENARIOS: dict[str, Make] = {

@@ -15,7 +15,7 @@ from tests.conftest import INTERPRETED
 from tests.gram_bugs import BUGS
 from tests.gram_case import matrix, nhwc, relative
 from tests.planted_bugs import Bug, mutated_source, survives
-from tests.whole_block import identity_block, projected_block
+from tests.whole_block import check_typical, identity_block, projected_block
 
 pytestmark = [
     pytest.mark.usefixtures("ieee"),
@@ -52,6 +52,10 @@ def far_projection_with_sums_cut_off() -> None:
         frightening.far_input(256)(torch.float16, partial(projected_block, size=(4, 16, 16))).check()
 
 
+def alike_on_the_average() -> None:
+    check_typical(frightening.draws(frightening.alike, torch.bfloat16, identity_block), most=1.0)
+
+
 def scenario(
     make: frightening.Make, dtype: torch.dtype, block: frightening.Make = identity_block
 ) -> Callable[[], object]:
@@ -69,6 +73,7 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "a projection far from zero, float16 sums cut off": far_projection_with_sums_cut_off,
     "nearly equal channels, float16": scenario(frightening.nearly_equal, torch.float16),
     "filters orthogonal to the data, bfloat16": scenario(frightening.orthogonal, torch.bfloat16, projected_block),
+    "draws of channels just alike enough, bfloat16": alike_on_the_average,
     "correlated channels, float16": scenario(frightening.correlated, torch.float16),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),
     "many rows, float16": scenario(frightening.long, torch.float16),

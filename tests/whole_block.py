@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -148,6 +149,36 @@ def check_draws(blocks: Iterable[Block], **options: Any) -> None:
                 score.failures = [failure for failure in score.failures if not failure.startswith("R:")]
     refused = [score for score in itertools.chain(*draws) if not score.ok]
     assert not refused, f"refused:\n{numerics.table(refused)}"
+
+
+def rounded_elsewhere(block: Block, factor: float = 1.3) -> Block:
+    """The same function of x, the weights and dout: what the ReLUs in between give comes ``factor`` times as large.
+
+    The next BatchNorm takes that away again. What is stored in 16 bits in between is rounded elsewhere.
+    """
+    first, second, last = block.layers
+    first, second = (replace(part, gamma=part.gamma * factor, beta=part.beta * factor) for part in (first, second))
+    second, last = (replace(part, eps=part.eps * factor**2) for part in (second, last))
+    return replace(block, layers=[first, second, last])
+
+
+def eager_again(block: Block) -> float:
+    """The relative RMS error of eager's dx over eager's, of one evaluation against another as good."""
+    found = [(each.plain(block.x.dtype), each) for each in (rounded_elsewhere(block), block)]
+    (again, eager), oracles = (
+        [results["dx"] for results, _ in found],
+        [each.plain(torch.float64, results["masks"])["dx"] for results, each in found],
+    )
+    return numerics.score(again, eager, oracles[0], "dx", eager_oracle=oracles[1]).ratio
+
+
+def check_typical(blocks: Iterable[Block], most: float, worst: float = math.inf) -> None:
+    """AssertionError where our dx is more than ``most`` times as wrong as eager's, in the geometric mean over draws.
+
+    Of two evaluations as good as each other that mean is 1, however far a single draw may be from it.
+    """
+    ratios = [score.ratio for block in blocks for score in block.scores() if score.name == "dx"]
+    assert geometric_mean(ratios) <= most and max(ratios) <= worst, f"{geometric_mean(ratios):.3f} of {ratios}"
 
 
 def identity_block(

@@ -16,7 +16,7 @@ from .record import launch
 
 MOST_RANKS = 32
 """Processes whose sums a program adds up at once."""
-LEAST = 0.25
+LEAST = 0.4
 """Of y's variance, as a part of what channels that share nothing would give it, both weighted by A²: below, A∘W counts
 as two 16-bit terms (kernels/gram_bn_grad.py)."""
 
