@@ -24,10 +24,10 @@ A∘W is stored as two terms too. P, the bias and dgrad use the second where dat
 says how many count. Rounding turns a filter a little, into any direction. Where channels of a share most of what they
 are, and filters of large A are orthogonal to that, da has next to nothing along it but what the rounding left there, in
 proportion to da as Σ A² alone to Σ A² var (gram_bn.py), and a convolution below whose filters are alike passes on just
-that. One term makes dx 1.1 to 1.6 times as wrong as eager's where var / alone, so weighted, is below 0.16, and 1.05 times
-(some draws 1.3) from 0.25 to 0.4; from there on it is as good as eager rounded elsewhere. A ResNet-50 at its start has
-more than 0.5 (its first projection, of images that vary slowly) and 0.8 elsewhere, one that has learned more than 1.
-Below LEAST both terms count, which are as good as an exact A∘W; an ordinary network never pays for the second.
+that. One term makes dx 1.1 to 1.6 times as wrong as eager's where var / alone, so weighted, is below 0.16, and 1.05
+times (some draws 1.3) from 0.25 to 0.4; from there on it is as good as eager rounded elsewhere. A ResNet-50 at its
+start has more than 0.5 (its first projection, of images that vary slowly) and 0.8 elsewhere, one that has learned more
+than 1. Below LEAST both terms count, which are as good as an exact A∘W; an ordinary network never pays for the second.
 """
 
 import triton
