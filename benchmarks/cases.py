@@ -119,7 +119,7 @@ class ConvCase:
         t: Tensors = {"w": tensors.weight(p, device)}
         if self.kind != "dgrad":
             t["x"] = image(p.Ci, p.H, p.W)
-        if self.kind in ("dgrad", "wgrad"):
+        if self.kind in ("dgrad", "wgrad", "pair"):
             t["dy"] = gradient(p.Co, p.P, p.Q)
         if self.affine:
             t["affine"] = tensors.channels(2, p.Ci, device, acc) - torch.tensor(
@@ -314,7 +314,7 @@ class ConvCase:
         if self.kind == "gram":
             sums = errors.judge_sums(tiles[None], reference.eager)
             return {"products": errors.judge_exact(out, reference.oracle), "sums": sums}
-        name = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[self.kind]
+        name = {"fprop": "y", "dgrad": "dx", "wgrad": "dw", "pair": "dx"}[self.kind]
         found = {name: errors.judge_part(out, reference)}
         if not bool(torch.isfinite(out).all()):
             found["whole output"] = {"rms": float("inf"), "failed": "N", "ok": False}

@@ -100,7 +100,7 @@ def predicted_gain_us(case: ConvCase, target: Target) -> float:
     known = tables.lookup(case.problem, case.variant, target)
     if known is not None and known.us is not None and known.floor_us is not None:
         return max(0.0, known.us - known.floor_us)
-    if case.kind == "gram" or case.masked or case.problem.is_stem:
+    if case.kind in ("gram", "pair") or case.masked or case.problem.is_stem:
         return UNKNOWN * case.bytes / target.bandwidth * 1e6
     return gain_us(case.problem, case.kind, target, case.candidates(target)[0])
 

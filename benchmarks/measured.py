@@ -137,7 +137,7 @@ def _configuration(benchmark: Any, gpu: Machine, case: ConvCase | PassCase) -> A
     if isinstance(case, PassCase):
         return case.config(gpu.target.sm_count)
     config = case.candidates(gpu.target)[0]
-    if case.gram or case.formed:
+    if case.gram or case.formed or case.kind == "pair":
         return config
     choice = getattr(planner.plan_conv(case.problem, gpu.target, first=case.first), case.kind)
     benchmark.extra_info["plan"] = choice.reason

@@ -83,7 +83,7 @@ def convolutions(kind: str) -> list[Entry]:
     found = []
     for case in distinct.values():
         candidates = ("vendor", "ours")
-        if not case.gram:
+        if not case.gram and case.kind != "pair":
             candidates += ("vendor graph",)
         found.append(Entry("kernel", case, candidates, _test_of(case)))
     return found
@@ -142,7 +142,7 @@ def memory() -> list[Entry]:
     return [Entry("memory", case, ("eager", "compile", "ours"), "test_memory.py") for case in cases]
 
 
-KERNELS = ("fprop", "dgrad", "wgrad", "gram")
+KERNELS = ("fprop", "dgrad", "wgrad", "gram", "pair")
 PASSES = ("bn_stats", "bn_finalize", "bn_act", "bn_act_grad_reduce", "bn_grad_finalize", "bn_grad_apply",
           "stem_pool", "stem_pool_grad_reduce", "stem_pool_grad_apply")  # fmt: skip
 

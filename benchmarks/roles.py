@@ -10,6 +10,7 @@ from fused_resnet.plan.tables import KINDS
 
 from . import problems
 from .cases import ConvCase
+from .pairs import pair_cases
 from .projections import projection_cases
 
 
@@ -45,4 +46,4 @@ def cases(layer: problems.Layer, kinds: tuple[str, ...] = KINDS) -> list[ConvCas
         found += [case for case in grams if case.kind in kinds]
     if role == "projection" and layer.bottleneck and p.Ci <= MOST_GRAM_WIDTH:
         found += [case for case in projection_cases(p) if case.kind in kinds]
-    return found
+    return found + (pair_cases(layer) if "pair" in kinds else [])

@@ -16,6 +16,7 @@ from fused_resnet.launch import bn_act, bn_act_grad, bn_stats, stem_pool
 from fused_resnet.launch.bottleneck_single import FrozenLayer, bottleneck_single
 from fused_resnet.launch.conv_dgrad import conv_dgrad
 from fused_resnet.launch.conv_fprop import conv_fprop
+from fused_resnet.launch.conv_pair import conv_pair
 from fused_resnet.launch.conv_wgrad import conv_wgrad
 from fused_resnet.plan.config import GemmConfig, PassConfig, SingleConfig
 from fused_resnet.plan.plans import ChainProblem
@@ -102,6 +103,17 @@ def test_conv_wgrad(kernel):
     config = GemmConfig(64, 64, 512, split=4096)
     dw = conv_wgrad(reserved(), reserved(), problem(kernel), config, out_dtype=torch.float32)
     assert dw.shape == (C, C, kernel, kernel)
+
+
+def test_conv_pair():
+    x, dz, y, residual, w = reserved(), reserved(), reserved(), reserved(), weight(1)
+    config = GemmConfig(512, 64, 64, split=N)
+    coeffs = torch.randn(3, C)
+    dx, _ = conv_pair(x, dz, y, coeffs, w, problem(1), config, residual=residual, out_dtype=torch.float32)
+    a, b, c = coeffs[:, None, :, None, None]
+    dy = (a * dz[-1:] + b * y[-1:] + c).half()
+    plain = torch.nn.grad.conv2d_input((1, C, H, W), w.float(), dy.float())
+    assert_last_row(dx, plain + residual[-1:])
 
 
 def test_conv_wgrad_partials():

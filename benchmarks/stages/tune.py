@@ -239,7 +239,7 @@ def finish(context: Context) -> None:
     wins = count = 0
     for case, times in conv_cases(context):
         entry = table.get(tables.problem_key(case.problem), {}).get(case.variant)
-        if entry is None or entry.us is None or case.formed or case.masked or case.kind == "gram":
+        if entry is None or entry.us is None or case.formed or case.masked or case.kind in ("gram", "pair"):
             continue
         other = entry.us if entry.vendor_us is None else entry.vendor_us + entry.passes_us
         count, wins = count + 1, wins + (not entry.vendor_wins)

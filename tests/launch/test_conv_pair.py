@@ -17,7 +17,7 @@ from fused_resnet.plan.config import GemmConfig, supports
 from fused_resnet.plan.conv_pair import pair_candidates
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import A100, H100, INTERPRETER
-from tests import numerics
+from tests import numerics, test_large_tensors
 from tests.bits import pack
 from tests.conftest import INTERPRETED
 from tests.planted_bugs import Bug, mutated_source, survives
@@ -203,7 +203,12 @@ def check_long() -> None:
     judge(problem, operands(problem, torch.bfloat16), replace(CONFIG, block_m=16, split=1))
 
 
-SCENARIOS = {"blocks": check_blocks, "long": check_long}
+def check_large() -> None:
+    with test_large_tensors.reserving_memory():
+        test_large_tensors.test_conv_pair()
+
+
+SCENARIOS = {"blocks": check_blocks, "long": check_long, "large": check_large}
 KERNEL = "kernels.conv_pair"
 BUGS = [
     Bug("no y", KERNEL, "affine(widened(y, ACC), y_scale, shift)", "shift", ("blocks",)),
@@ -214,6 +219,7 @@ BUGS = [
     Bug("the first w for all", KERNEL, "tl.load(w_ptr + offs_w,", "tl.load(w_ptr + offs_w % BLOCK_N,", ("blocks",)),
     Bug("sums in 16 bits", KERNEL, "dy, acc, input_precision=PRECISION, out_dtype=ACC)",
         "dy, acc, input_precision=PRECISION, out_dtype=ACC).to(x.dtype).to(ACC)", ("long",)),
+    Bug("rows counted in 32 bits", KERNEL, "offs_m.to(tl.int64)[:, None]", "offs_m[:, None]", ("large",)),
     Bug("the shortcut of another path", "autograd.staged_backward", "_both_gradients(step, pending.dz, sums, shortcut)",
         "_both_gradients(step, pending.dz, sums, Shortcut())", ("blocks",)),
 ]  # fmt: skip
