@@ -71,9 +71,10 @@ def conv_pair_kernel(
 
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
-    # Both products have dy as their right operand: it goes to shared memory once, and no load but it takes registers.
+    # dy is the right operand of both products, and lies in shared memory for both. As a left one it would be formed in
+    # registers once for each, from loads that are not pipelined.
     acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):  # said here, so that every load is pipelined
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):  # said here, so that the residual's load is, too
         offs_m = start + tl.arange(0, BLOCK_M)
         inside = offs_m < last
         row = offs_m.to(tl.int64)[:, None]
