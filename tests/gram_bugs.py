@@ -77,6 +77,13 @@ BUGS = [
         ("a pooled gradient, float32",),
     ),
     Bug(
+        "a P of float32 data summed in float32",
+        "kernels.gram_dgrad",
+        "WIDER: tl.constexpr = HAS_MEANS",
+        "WIDER: tl.constexpr = False and HAS_MEANS",
+        ("draws of nearly equal channels, float32",),
+    ),
+    Bug(
         "one term of A∘W, whatever the data",
         "launch.gram_bn_grad",
         "LEAST=LEAST",

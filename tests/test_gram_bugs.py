@@ -56,6 +56,10 @@ def alike_on_the_average() -> None:
     check_typical(frightening.draws(frightening.alike, torch.bfloat16, identity_block), most=1.0)
 
 
+def nearly_equal_on_the_average() -> None:
+    check_typical(frightening.draws(frightening.nearly_equal, torch.float32, projected_block), most=1.25)
+
+
 def scenario(
     make: frightening.Make, dtype: torch.dtype, block: frightening.Make = identity_block
 ) -> Callable[[], object]:
@@ -73,6 +77,7 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "a projection far from zero, float16 sums cut off": far_projection_with_sums_cut_off,
     "nearly equal channels, float16": scenario(frightening.nearly_equal, torch.float16),
     "filters orthogonal to the data, bfloat16": scenario(frightening.orthogonal, torch.bfloat16, projected_block),
+    "draws of nearly equal channels, float32": nearly_equal_on_the_average,
     "draws of channels just alike enough, bfloat16": alike_on_the_average,
     "correlated channels, float16": scenario(frightening.correlated, torch.float16),
     "odd sizes, float16": scenario(frightening.odd_sizes, torch.float16),

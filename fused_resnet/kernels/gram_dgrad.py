@@ -10,7 +10,7 @@ stride-th pixel, and da is the result.
 Reads   dz [M, q], or dout [M, q] and bits [M, ceil(q / 8)] (see bits.py): dz is dout where they are set, else zero;
         y [M, p] (raw, before its BatchNorm), AW [terms, q, p], aw_terms [1], P [terms, p, p], bias [p], stats [4, p] of
         y, scales [2]; or, in place of the bias, what it stands for: sum dz [q] and the mean of a [p], subtracted from
-        wide data on load.
+        wide data on load, and a P is summed in float64 then (but for tf32, which has no such digits).
 Writes  dx [M, p] = relu_grad(da, y*scale + shift), tiles [2, T, p]: of dx as stored, per M tile, sum dx and
         sum dx*(y - mean). Of a projection dx = da [M, p] alone.
 ``scales``: AW and P come multiplied by scales[0] and scales[1], powers of two, so that float16 holds them.
@@ -168,6 +168,12 @@ def gram_dgrad_kernel(
     if HAS_SCALES:
         scale_p = tl.load(scales_ptr + 1)
         acc *= scale_p / tl.load(scales_ptr)
+    # Where channels of a share most of what they are, a P all but cancels, and what float32 sums leave there has a part
+    # along what they share, unlike eager's errors, which W bounds: a convolution below whose filters are alike sees it.
+    WIDER: tl.constexpr = HAS_MEANS and PRECISION == "ieee"
+    OPERAND: tl.constexpr = tl.float64 if WIDER else y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = tl.float64 if WIDER else ACC
+    acc = acc.to(SUMS)
     if WHOLE:
         y_offs = y_rows + offs_n[None, :]
         if EVEN_N:
@@ -180,12 +186,12 @@ def gram_dgrad_kernel(
             shift = tl.load(stats_ptr + 3 * P + offs_n, mask=mask_n, other=0.0)
             a = relu(affine(y.to(ACC), scale[None, :], shift[None, :])).to(y.dtype)
         if HAS_MEANS:
-            a -= tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
-        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+            a = (a - tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)[None, :]).to(OPERAND)
+        b = load_matrix(p_ptr + offs_n[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N).to(OPERAND)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=SUMS)
         if TERMS == 2:
             b = load_matrix(p_ptr + (P + offs_n)[:, None] * P + offs_n[None, :], mask_n, mask_n, EVEN_N, EVEN_N)
-            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=SUMS)
     else:
         y_offs = y_rows + offs_k[None, :]
         p_ptrs = p_ptr + offs_k[:, None] * P + offs_n[None, :]
@@ -197,19 +203,20 @@ def gram_dgrad_kernel(
                 y = tl.load(y_base + k0 + y_offs)
             else:
                 y = tl.load(y_base + k0 + y_offs, mask=mask_k[None, :], other=0.0)
-            b = load_matrix(p_ptrs + k0 * P, mask_k, mask_n, EVEN_P, EVEN_N)
+            b = load_matrix(p_ptrs + k0 * P, mask_k, mask_n, EVEN_P, EVEN_N).to(OPERAND)
             a = y
             if HAS_RELU:
                 scale_k = tl.load(stats_ptr + 2 * P + k0 + offs_k, mask=mask_k, other=0.0)
                 shift_k = tl.load(stats_ptr + 3 * P + k0 + offs_k, mask=mask_k, other=0.0)
                 a = relu(affine(y.to(ACC), scale_k[None, :], shift_k[None, :])).to(y.dtype)
             if HAS_MEANS:
-                a -= tl.load(mean_ptr + k0 + offs_k, mask=mask_k, other=0.0)[None, :]
-            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+                a = (a - tl.load(mean_ptr + k0 + offs_k, mask=mask_k, other=0.0)[None, :]).to(OPERAND)
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=SUMS)
             if TERMS == 2:
                 b = load_matrix(p_ptrs + (P + k0) * P, mask_k, mask_n, EVEN_P, EVEN_N)
-                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=ACC)
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION, out_dtype=SUMS)
 
+    acc = acc.to(ACC)
     if HAS_SCALES:
         acc *= 1.0 / scale_p
     if not HAS_MEANS:

@@ -34,6 +34,12 @@ def test_in_the_mean_dx_is_no_worse_than_eagers(make: frightening.Make, dtype: s
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+def test_in_the_mean_dx_in_float32_is_no_worse_than_eagers(block: str) -> None:
+    """Of 40 draws the worst was 2.3; of the staged route, 2.2."""
+    check_typical(draws(frightening.nearly_equal, torch.float32, BLOCKS[block]), most=1.25, worst=3.0)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eager_misses_the_rule_against_itself(dtype: str, block: str) -> None:
     """Why no single draw of these tells of a route."""
