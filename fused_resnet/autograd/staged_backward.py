@@ -253,8 +253,12 @@ def _layer_backward(
         else:
             dw = wgrad(passes, conv, layer.weight, below, below_stats, gradient, layer.weight_dtype)
     elif not passes.batch and step.needs.any:
-        t_dtype = dz.dtype if conv.wgrad.config is None else stats.dtype
-        t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), t_dtype)
+        if conv.wgrad.config is None:
+            # dgamma is what T and the mean's share of it all but cancel: 16 bits of T would leave it few digits.
+            t_dtype = stats.dtype if step.needs.bn else dz.dtype
+            t = vendor.conv_wgrad(step.input, dz, layer.weight, conv.problem, out_dtype=t_dtype)
+        else:
+            t = wgrad(passes, conv, layer.weight, step.input, None, Formed(dz), stats.dtype)
         dw_dtype = layer.weight_dtype if step.needs.weight else None
         dw, dgamma = frozen_grad(t, layer.weight, stats, dbeta, dw_dtype=dw_dtype, wants_dgamma=step.needs.bn)
     return LayerGrad(dw, dgamma, dbeta) if step.needs.bn else LayerGrad(dw), gradient

@@ -44,8 +44,21 @@ def conv_dgrad(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, problem:
     return _nhwc(dx)
 
 
-def conv_wgrad(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, problem: ConvProblem) -> torch.Tensor:
-    """``weight`` gives the shape and layout alone; the gradient comes in the activations' dtype."""
-    dw = _backward(dy, x, weight, None, *_geometry(problem), (False, True, False))[1]
-    note("vendor_conv_wgrad", problem.flops, (x, dy, dw), {})
+def conv_wgrad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    problem: ConvProblem,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``weight`` gives the shape and layout alone; the gradient comes in the activations' dtype, or a wider one.
+
+    For that the operands are widened: the vendor rounds a result to its operands' dtype. Products of 16-bit values are
+    exact in tf32, too.
+    """
+    wide = [t.to(out_dtype or t.dtype) for t in (x, dy, weight)]
+    dw = _backward(wide[1], wide[0], wide[2], None, *_geometry(problem), (False, True, False))[1]
+    widened = () if wide[0] is x else (x, dy, *wide[:2])
+    note("vendor_conv_wgrad", problem.flops, (*wide[:2], dw, *widened), {})
     return _nhwc(dw)
