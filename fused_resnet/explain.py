@@ -35,9 +35,9 @@ def explain(
     ``input_shape`` ([N, C, H, W]) or ``example_input`` gives the input. ``dtype``: bfloat16 and float16 mean autocast
     over the model's parameters, float32 and float64 none. ``target``: a :class:`Target`, "h100", "h200" or "a100"; None
     is what would run here. ``training``: with backward, loss and one step of ``optimizer`` ("sgd" with momentum,
-    "adam", "adamw" or None). Modes, layouts and ``requires_grad`` are the model's own; the input of an ``input_shape``
-    is laid out as channels_last.
-    Needs no GPU, and leaves the model as it was. ValueError, TypeError: bad arguments; KeyError: an unknown target.
+    "adam", "adamw" or None). Modes, layouts and ``requires_grad`` are the model's own; an ``input_shape`` stands for a
+    channels_last tensor. Needs no GPU, and leaves the model as it was. ValueError, TypeError: bad arguments;
+    KeyError: an unknown target.
     """
     inputs = _inputs(input_shape, example_input, dtype)
     model = unwrapped(model)

@@ -12,6 +12,7 @@ from ..kernels.bn_act_grad import (
 )
 from ..plan.config import PassConfig
 from ..plan.passes import ceil_div, group_config, merge_config, step
+from ..plan.target import interprets
 from .bits import require_bits
 from .check import (
     accumulation_dtype,
@@ -149,7 +150,7 @@ def merged_grads(tiles: torch.Tensor, row: int, rows: int) -> tuple[torch.Tensor
         raise ValueError(f"rows must be positive, got {rows}")
     if not 0 < row < kinds:
         raise ValueError(f"row must be one of 1 to {kinds - 1}, got {row}")
-    groups = group_config(count, channels, interpreter=tiles.device.type == "cpu")
+    groups = group_config(count, channels, interpreter=interprets(tiles.device))
     return (bn_grad_merge(tiles, row, groups), 1) if groups else (tiles, row)
 
 
@@ -171,7 +172,7 @@ def bn_grad_finalize(
     coeffs = torch.empty((3, channels), dtype=tiles.dtype, device=tiles.device)
     tiles, row = merged_grads(tiles, row, rows)
     count = tiles.shape[1]
-    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
+    config = merge_config(count, channels, interpreter=interprets(tiles.device))
     vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_grad_finalize_kernel,

@@ -10,6 +10,7 @@ import torch
 from ..kernels.bn_stats import bn_finalize_kernel, bn_frozen_kernel, bn_merge_kernel, bn_stats_kernel
 from ..plan.config import PassConfig
 from ..plan.passes import CUMULATIVE, ceil_div, group_config, merge_config, step
+from ..plan.target import interprets
 from .check import (
     ACCUMULATION,
     DTYPES,
@@ -113,7 +114,7 @@ def merged(tiles: StatTiles) -> StatTiles:
     _, count, channels = tiles.data.shape
     if tiles.rows < 1 or count != ceil_div(tiles.rows, tiles.rows_per_tile):
         raise ValueError(f"{count} tiles of {tiles.rows_per_tile} rows do not hold {tiles.rows} rows")
-    groups = group_config(count, channels, interpreter=tiles.data.device.type == "cpu")
+    groups = group_config(count, channels, interpreter=interprets(tiles.data.device))
     return bn_merge(tiles, groups) if groups else tiles
 
 
@@ -141,7 +142,7 @@ def bn_finalize(
     data = tiles.data
     _, count, channels = data.shape
     stats = torch.empty((4, channels), dtype=data.dtype, device=data.device)
-    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
+    config = merge_config(count, channels, interpreter=interprets(data.device))
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     launch(
         bn_finalize_kernel,

@@ -11,6 +11,7 @@ from ..kernels.bn_sync import (
     bn_sync_pack_kernel,
 )
 from ..plan.passes import CUMULATIVE, ceil_div, merge_config, step
+from ..plan.target import interprets
 from .bn_act_grad import merged_grads
 from .bn_stats import _require_channels, merged
 from .check import require_counter, require_device, require_rows, require_shape, triton_dtype
@@ -24,7 +25,7 @@ def bn_sync_pack(tiles: StatTiles) -> torch.Tensor:
     data = tiles.data
     _, count, channels = data.shape
     packed = torch.empty(2 * channels + 1, dtype=data.dtype, device=data.device)
-    config = merge_config(count, channels, interpreter=data.device.type == "cpu")
+    config = merge_config(count, channels, interpreter=interprets(data.device))
     vectors, block_t = step(config, data.element_size(), vectors=16 // data.element_size())
     launch(
         bn_sync_pack_kernel,
@@ -67,7 +68,7 @@ def bn_sync_finalize(
     require_counter(counter, gathered.device)
     stats = torch.empty((4, channels), dtype=gathered.dtype, device=gathered.device)
     _require_channels(stats, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    config = merge_config(ranks, channels, interpreter=gathered.device.type == "cpu")
+    config = merge_config(ranks, channels, interpreter=interprets(gathered.device))
     launch(
         bn_sync_finalize_kernel,
         (ceil_div(channels, config.block_c),),
@@ -107,7 +108,7 @@ def bn_sync_grad_pack(tiles: torch.Tensor, rows: int, *, row: int = 1) -> torch.
     tiles, row = merged_grads(tiles, row, rows)
     _, count, channels = tiles.shape
     packed = torch.empty(2 * channels + 1, dtype=tiles.dtype, device=tiles.device)
-    config = merge_config(count, channels, interpreter=tiles.device.type == "cpu")
+    config = merge_config(count, channels, interpreter=interprets(tiles.device))
     vectors, block_t = step(config, tiles.element_size(), vectors=16 // tiles.element_size())
     launch(
         bn_sync_grad_pack_kernel,
@@ -148,7 +149,7 @@ def bn_sync_grad_finalize(
     dgamma = torch.empty(channels, dtype=gathered.dtype, device=gathered.device)
     dbeta = torch.empty_like(dgamma)
     coeffs = torch.empty((3, channels), dtype=gathered.dtype, device=gathered.device)
-    config = merge_config(ranks, channels, interpreter=gathered.device.type == "cpu")
+    config = merge_config(ranks, channels, interpreter=interprets(gathered.device))
     launch(
         bn_sync_grad_finalize_kernel,
         (ceil_div(channels, config.block_c),),

@@ -8,6 +8,7 @@ import torch
 
 from ..kernels.cast import cast_kernel
 from ..plan.passes import cast_config, ceil_div
+from ..plan.target import interprets
 from .check import require_device, require_nhwc
 from .record import launch
 
@@ -35,7 +36,7 @@ def cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tens
     outs = [torch.empty(t.shape, dtype=dtype, device=device, memory_format=torch.channels_last) for t in tensors]
     absent = [None] * (MOST_TENSORS - len(tensors))
     most = max(t.numel() for t in tensors)
-    config = cast_config(most, interpreter=device.type == "cpu")
+    config = cast_config(most, interpreter=interprets(device))
     launch(
         cast_kernel,
         (ceil_div(most, config.block_c), len(tensors)),

@@ -6,6 +6,7 @@ import torch
 
 from ..kernels.frozen_grad import frozen_grad_kernel
 from ..plan.passes import ceil_div, frozen_grad_config
+from ..plan.target import interprets
 from .check import require_device, require_dtype, require_nhwc, require_rows, require_shape, triton_dtype
 from .record import launch
 
@@ -38,7 +39,7 @@ def frozen_grad(
     if dw is None and dgamma is None:
         return None, None
     length = weight.numel() // max(channels, 1)
-    config = frozen_grad_config(channels, length, interpreter=stats.device.type == "cpu")
+    config = frozen_grad_config(channels, length, interpreter=interprets(stats.device))
     launch(
         frozen_grad_kernel,
         (ceil_div(channels, config.block_m),),

@@ -7,6 +7,7 @@ import torch
 from ..kernels.gram_bn import gram_finalize_kernel
 from ..plan.gram import gram_finalize_config
 from ..plan.passes import CUMULATIVE, ceil_div
+from ..plan.target import interprets
 from .bn_stats import _require_channels
 from .check import (
     accumulation_dtype,
@@ -68,7 +69,7 @@ def gram_finalize(
     v = torch.empty((q, p), dtype=acc_dtype, device=g.device)
     moments = torch.empty((moments_size(q, p, weight.dtype),), dtype=acc_dtype, device=g.device)
     parts = 3 if weight.dtype == torch.bfloat16 else 0
-    wide, interpreter = g.dtype == torch.float64, g.device.type == "cpu"
+    wide, interpreter = g.dtype == torch.float64, interprets(g.device)
     config = gram_finalize_config(p, parts=parts, wide=wide, interpreter=interpreter)
     launch(
         gram_finalize_kernel,
@@ -161,4 +162,4 @@ def gram_dtype(like: torch.Tensor, pivot: torch.Tensor | None) -> torch.dtype:
 
 def product_precision(device: torch.device) -> str:
     """How float32 operands multiply: three tf32 products are as good as float32, and run on tensor cores."""
-    return "ieee" if device.type == "cpu" else "tf32x3"
+    return "ieee" if interprets(device) else "tf32x3"

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..kernels.gram_bn_grad import gram_backward_kernel, gram_bias_kernel, gram_product_kernel
 from ..plan.gram import gram_bias_config, gram_product_config, gram_rows_config
 from ..plan.passes import ceil_div, next_power_of_2
+from ..plan.target import interprets
 from .check import accumulation_dtype, require_device, require_dtype, require_shape, triton_dtype
 from .gram_bn import _require_weight, moments_size, product_precision
 from .record import launch
@@ -89,7 +90,7 @@ def gram_backward(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     device = weight.device
-    interpreter = device.type == "cpu"
+    interpreter = interprets(device)
     scaled, terms = weight.dtype == torch.float16, 2 if weight.element_size() == 2 else 1
     if moments is None and terms == 2:
         raise ValueError("gram_backward of 16-bit data takes the moments")

@@ -7,6 +7,7 @@ import torch
 from ..kernels.gram_rows import gram_sums_kernel
 from ..plan.gram import gram_rows_config
 from ..plan.passes import ceil_div
+from ..plan.target import interprets
 from .check import require_shape, triton_dtype
 from .gram_bn import _require_weight
 from .record import launch
@@ -33,7 +34,7 @@ def gram_sums(
         require_shape(tensor, shape, name)
     require_shape(sum_dz, (q,), "sum_dz")
     packed = torch.empty(2 * q + 1, dtype=stats.dtype, device=stats.device)
-    config = gram_rows_config(p, interpreter=stats.device.type == "cpu")
+    config = gram_rows_config(p, interpreter=interprets(stats.device))
     launch(
         gram_sums_kernel,
         (ceil_div(q, config.block_m),),

@@ -6,6 +6,7 @@ import torch
 
 from ..kernels.nhwc import nhwc_kernel
 from ..plan.passes import ceil_div, transpose_config
+from ..plan.target import interprets
 from .record import launch
 
 
@@ -21,7 +22,7 @@ def nhwc(t: torch.Tensor) -> torch.Tensor:
     n, channels, height, width = t.shape
     pixels = height * width
     flat = t.flatten(2)  # a view, unless it is of a slice
-    config = transpose_config(pixels, channels, interpreter=t.device.type == "cpu")
+    config = transpose_config(pixels, channels, interpreter=interprets(t.device))
     launch(
         nhwc_kernel,
         (n * ceil_div(pixels, config.block_m) * ceil_div(channels, config.block_c),),

@@ -85,6 +85,11 @@ def interpreted() -> bool:
     return False
 
 
+def interprets(device: torch.device) -> bool:
+    """Whether kernels on ``device``'s tensors run in the interpreter, where a tile costs time and not its elements."""
+    return device.type == "cpu" and interpreted()
+
+
 class Assumption(NamedTuple):
     """A target to plan for, present or not; None with the reason why there is none."""
 
