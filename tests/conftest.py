@@ -16,7 +16,10 @@ os.environ["FUSED_RESNET_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "fuse
 import pytest  # noqa: E402  (threads are counted at import)
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
+EMULATED = int(os.environ.get("FUSED_RESNET_EMULATE") or 0)
+"""The compute capability whose code runs on the CPU (tests/ptx), or 0."""
+
+if not torch.cuda.is_available() and not EMULATED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at import
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,12 +44,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and kernels that are compiled"))
+    if not INTERPRETED:
+        for item in items:
+            if "float64" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason="float64 runs in the interpreter only"))
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU through the interpreter."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulation() -> Iterator[None]:
+    """Where it was asked for, compiled kernels run on the CPU, and plans are those for the GPU."""
+    if not EMULATED:
+        yield
+        return
+    from fused_resnet.plan.target import A100, H100, Assumption, assume
+
+    from .ptx.emulate import emulated
+
+    with emulated(EMULATED), assume(Assumption(H100 if EMULATED == 90 else A100)):
+        yield
 
 
 @pytest.fixture(scope="module")

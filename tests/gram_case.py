@@ -6,6 +6,7 @@ import torch
 
 from fused_resnet.launch.gram import gram, gram_backward, gram_finalize
 from fused_resnet.plan.config import GemmConfig
+from tests.fused import affine
 
 SMALL = GemmConfig(16, 16, 16, num_warps=4, split=3)
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
@@ -41,8 +42,7 @@ class Case(NamedTuple):
 
     @property
     def a(self):
-        scale, shift = (row[None, :, None, None] for row in self.input_affine)
-        return torch.relu(self.x.to(scale.dtype) * scale + shift).to(self.x.dtype)
+        return torch.relu(affine(self.x, *self.input_affine)).to(self.x.dtype)
 
 
 def make_case(size, p, q, dtype, device, dz_mean=0.0, offset=0.0):

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import functional, use_route
-from fused_resnet.plan.target import INTERPRETER, Assumption, assume
+from fused_resnet.plan.target import A100, H100, INTERPRETER, Assumption, assume
 from tests import numerics
+from tests.conftest import EMULATED
 from tests.staged_case import image, layer
 
 BFLOAT16_TOO = Assumption(replace(INTERPRETER, dtypes=INTERPRETER.dtypes | {"bfloat16"}))
 """What the strict interpreter computes; Triton's own has no bfloat16."""
+PLANNED_FOR = {0: BFLOAT16_TOO, 80: Assumption(A100), 90: Assumption(H100)}[EMULATED]
 RUNNING = ("running_mean", "running_var")
 VECTORS = ("dgamma", "dbeta", *RUNNING)
 
@@ -55,7 +57,7 @@ class Block:
             leaves |= {name + suffix: t for name, t in zip(("dw", "dgamma", "dbeta"), own, strict=True)}
             running |= {name + suffix: t for name, t in zip(RUNNING, kept, strict=True)}
         x = self.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        with assume(BFLOAT16_TOO), use_route(route, strict=strict):
+        with assume(PLANNED_FOR), use_route(route, strict=strict):
             out = functional.bottleneck(x, [operands[str(i)] for i in range(3)], operands.get("_p"))
         out.backward(self.dout)
         results = {"z": out.detach(), "dx": x.grad} | {name: leaf.grad for name, leaf in leaves.items()}
@@ -64,7 +66,7 @@ class Block:
     def _inner_masks(self, operands: dict[str, Any]) -> list[Tensor]:
         """Of the ReLUs between, by the same kernels one layer at a time: no route writes both activations."""
         masks, a = [], self.x
-        with torch.no_grad(), assume(BFLOAT16_TOO), use_route("staged", strict=True):
+        with torch.no_grad(), assume(PLANNED_FOR), use_route("staged", strict=True):
             for i in range(2):
                 conv, bn = operands[str(i)]
                 bn = bn._replace(running_mean=None, running_var=None)

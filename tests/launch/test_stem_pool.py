@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fused_resnet.launch.record import record_launches
 from fused_resnet.launch.stem_pool import stem_pool, stem_pool_grad_apply, stem_pool_grad_reduce
 from fused_resnet.plan.config import PassConfig
+from tests.fused import affine
 
 CONFIG = PassConfig(block_m=16, block_c=16)
 SHAPES = [(2, 20, 8, 6), (1, 3, 7, 9), (3, 5, 1, 5), (2, 4, 6, 1), (4, 70, 1, 1), (1, 16, 2, 2), (2, 3, 5, 4)]
@@ -27,8 +28,7 @@ def statistics(channels, dtype, seed=2):
 
 def eager(y, stats):
     """(out, tap) as PyTorch's own operations give them, in y's dtype."""
-    scale, shift = stats[2:, None, :, None, None]
-    a = (y.to(stats.dtype) * scale + shift).to(y.dtype).relu()
+    a = affine(y, *stats[2:]).to(y.dtype).relu()
     out, position = F.max_pool2d(a, 3, 2, 1, return_indices=True)
     h, w = position // y.shape[3], position % y.shape[3]
     p = torch.arange(out.shape[2])[:, None]
@@ -75,7 +75,7 @@ def test_values_equal_after_rounding_are_ties():
 
 
 def test_nan_wins_and_infinities_compare():
-    y = nhwc(2, 6, 7, 7)
+    y = nhwc(2, 6, 7, 7, dtype=torch.float32)
     y[0, 1, 2, 3] = y[0, 1, 3, 3] = y[1, 2, 6, 6] = float("nan")
     y[0, 3, 2, 2] = float("inf")
     y[:, 4] = -float("inf")
@@ -104,8 +104,7 @@ def test_backward_equals_autograd(shape, dtype, config):
     dout = nhwc(shape[0], shape[1], -(-shape[2] // 2), -(-shape[3] // 2), dtype=dtype, seed=3)
     tiles, coeffs, dy = gradients(y, stats, dout, config)
 
-    scale, shift = stats[2:, None, :, None, None]
-    normalised = (y.to(stats.dtype) * scale + shift).to(dtype).double().requires_grad_()
+    normalised = affine(y, *stats[2:]).to(dtype).double().requires_grad_()
     F.max_pool2d(normalised.relu(), 3, 2, 1).backward(dout.double())
     dz = normalised.grad
     mean = stats[0][None, :, None, None].double()
