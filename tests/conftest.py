@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_compiled.py" not in item.nodeid)  # minutes each: the others run beside them
     if not torch.cuda.is_available() or INTERPRETED:
         for item in items:
             if item.get_closest_marker("gpu"):

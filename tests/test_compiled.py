@@ -29,11 +29,12 @@ PARTS = {
         [
             f"tests/launch/test_{name}.py"
             for name in (
-                *("bn_act", "bn_act_grad", "bn_stats", "bn_sync", "bottleneck_single", "cast", "frozen_grad"),
+                *("bn_act", "bn_act_grad", "bn_stats", "bottleneck_single", "cast", "frozen_grad"),
                 *("gram_centred", "gram_projection", "nhwc", "stem_pool"),
             )
         ],
     ),
+    "sm_90 groups": (90, ["-m", "quick", "tests/launch/test_bn_sync.py"]),
     "sm_80": (80, [f"tests/launch/test_{name}.py" for name in ("conv_fprop", "conv_wgrad", "gram_dgrad", "stem_conv")]),
 }
 

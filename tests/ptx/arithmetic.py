@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .bits import UNSIGNED, Array, bits_of, fit, is_float, joined, number, paired, size_of
+from .bits import UNSIGNED, Array, bits_of, fit, is_float, joined, number, size_of
 
 Operation = Callable[..., Array]
 
@@ -65,15 +65,6 @@ def _permuted(a: Array, b: Array, selector: Array) -> Array:
     return result
 
 
-def _looked_up(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """lop3: any function of three bits."""
-    result = np.zeros_like(a | b | c)
-    for row in range(8):
-        terms = [x if row >> (2 - place) & 1 else ~x for place, x in enumerate((a, b, c))]
-        result = np.where((int(np.ravel(table)[0]) >> row) & 1, result | (terms[0] & terms[1] & terms[2]), result)
-    return result
-
-
 def _high(a: Array, b: Array) -> Array:
     """The upper half of a product of at most 32 bits each."""
     size = a.dtype.itemsize * 8
@@ -92,6 +83,11 @@ def _larger(a: Array, b: Array) -> Array:
     return np.fmax(a, b) if np.issubdtype(a.dtype, np.floating) else np.maximum(a, b)
 
 
+def _bits_set(a: Array) -> Array:
+    spread = np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, -1), axis=-1)
+    return spread.sum(-1).astype(np.uint32)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -103,24 +99,16 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "neg": lambda a: (-a) if np.issubdtype(a.dtype, np.floating) else (a.dtype.type(0) - a),
     "abs": np.abs,
     "sqrt": np.sqrt,
-    "rsqrt": lambda a: a.dtype.type(1) / np.sqrt(a),
-    "rcp": lambda a: a.dtype.type(1) / a,
-    "ex2": np.exp2,
-    "lg2": np.log2,
     "copysign": lambda sign, size: np.copysign(size, sign),
     "bfe": _extracted,
     "prmt": _permuted,
-    "lop3": _looked_up,
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
     "not": operator.invert,
-    "popc": lambda a: np.bitwise_count(a) if hasattr(np, "bitwise_count") else _bits_set(a),
+    "popc": _bits_set,
 }
 """By the first part of the opcode: functions of numbers of the instruction's type."""
-
-COUNTS = {"shl", "shr", "bfe", "prmt"}
-"""Whose last sources are counts of 32 bits, whatever the type."""
 
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": operator.eq,
@@ -134,11 +122,6 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
     "hi": operator.gt,
     "hs": operator.ge,
 }
-
-
-def _bits_set(a: Array) -> Array:
-    spread = np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, -1), axis=-1)
-    return spread.sum(-1).astype(np.uint32)
 
 
 def compare(name: str, kind: str) -> Operation:
@@ -185,10 +168,8 @@ def _tf32(value: Array) -> Array:
 
 
 def operation(opcode: tuple[str, ...]) -> Operation | None:
-    """What an arithmetic opcode computes of registers, or None of another kind of instruction."""
+    """What an arithmetic opcode computes of registers, or None of one that no kernel was seen to use."""
     name, kind, modifiers = opcode[0], opcode[-1], frozenset(opcode[1:-1])
-    if kind in ("bf16x2", "f16x2") and name in PLAIN:
-        return paired(operation((*opcode[:-1], kind.removesuffix("x2"))) or _unknown)
     if name == "cvt" and opcode[-2].endswith("x2"):
         half = convert(opcode[-2].removesuffix("x2"), opcode[-1], modifiers)
         return lambda high, low: joined(half(low), half(high))
@@ -236,7 +217,3 @@ def _remainder(a: Array, b: Array) -> Array:
 
 def _of(function: Callable[[Array], Array], kind: str, a: Array) -> Array:
     return bits_of(function(number(a, kind)), kind)
-
-
-def _unknown(*_: Array) -> Array:
-    raise NotImplementedError
