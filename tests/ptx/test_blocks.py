@@ -106,7 +106,7 @@ def test_a_network_and_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
         fr.reference.ResNet(fr.reference.Bottleneck, [1, 1, 1, 1], num_classes=10),
     ]
     models[1].load_state_dict(models[0].state_dict())
-    x, losses, grads, counts = image(2, 3, 32, 32, dtype=torch.float32, seed=1), [], [], []
+    x, losses, grads, counts = image(2, 3, 48, 48, dtype=torch.float32, seed=1), [], [], []
     for model in (*[models[0]] * 3, models[1]):
         model.to(memory_format=torch.channels_last).zero_grad()
         with torch.autocast("cpu", torch.bfloat16), assume(PLANNED_FOR):
