@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .bits import UNSIGNED, Array, bits_of, fit, is_float, joined, number, size_of
+from .bits import UNSIGNED, Array, bits_of, fit, is_float, joined, number, paired, size_of
 
 Operation = Callable[..., Array]
 
@@ -170,6 +170,9 @@ def _tf32(value: Array) -> Array:
 def operation(opcode: tuple[str, ...]) -> Operation | None:
     """What an arithmetic opcode computes of registers, or None of one that no kernel was seen to use."""
     name, kind, modifiers = opcode[0], opcode[-1], frozenset(opcode[1:-1])
+    if kind.endswith("x2"):
+        half = operation((*opcode[:-1], kind.removesuffix("x2")))
+        return None if half is None else paired(half)
     if name == "cvt" and opcode[-2].endswith("x2"):
         half = convert(opcode[-2].removesuffix("x2"), opcode[-1], modifiers)
         return lambda high, low: joined(half(low), half(high))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,3 +101,13 @@ def literal(text: str, size: int) -> Any:
     else:
         value = int(text.rstrip("U"), 0)
     return UNSIGNED[size](value & ((1 << size) - 1))
+
+
+def paired(function: Callable[..., Array]) -> Callable[..., Array]:
+    """``function`` of 16-bit registers, on both halves of 32-bit ones."""
+
+    def both(*operands: Array) -> Array:
+        low, high = zip(*(halves(operand) for operand in operands), strict=True)
+        return joined(function(*low), function(*high))
+
+    return both

@@ -179,6 +179,7 @@ def test_arithmetic():
     ) == [0x77553311]
     assert computed("mul.wide.s32", word([-2], np.int32).view(np.uint32), word([3], np.uint32))[0] == 2**64 - 6
     assert computed("mul.hi.u32", word([1 << 31], np.uint32), word([6], np.uint32)) == [3]
+    assert computed("mul.bf16x2", word([0x40003F80], np.uint32), word([0x40004000], np.uint32)) == [0x40804000]
     assert computed("popc.b32", word([0xF0F0], np.uint32)) == [8]
     assert computed("max.f32", bits(np.nan), bits(1.0)) == [1.0]
     assert np.isnan(computed("max.NaN.f32", bits(np.nan), bits(1.0)))[0]
