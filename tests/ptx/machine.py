@@ -30,6 +30,8 @@ HINTS = {"nanosleep", "prefetch", "discard", "applypriority"}
 JUMPS = {"bra", "brx", "ret", "exit", "branchtargets"}
 """What decides where threads go on, and the tables for it."""
 WGMMA = {("wgmma", "fence"), ("wgmma", "commit_group"), ("wgmma", "wait_group")}
+NOTHING_TO_DO = ORDER | HINTS | JUMPS
+BUILDERS = warps.BUILDERS | threads.BUILDERS
 
 
 class Machine:
@@ -186,9 +188,9 @@ class Machine:
     def _built(self, instruction: Instruction) -> Step:
         """What executes an instruction. NotImplementedError names one that nobody taught."""
         opcode, operands = instruction.opcode, instruction.operands
-        if opcode[0] in ORDER | HINTS | JUMPS or opcode[:2] in WGMMA:
+        if opcode[0] in NOTHING_TO_DO or opcode[:2] in WGMMA:
             return lambda mask: None
-        for start, build in (warps.BUILDERS | threads.BUILDERS).items():
+        for start, build in BUILDERS.items():
             if opcode[: len(start)] == start:
                 return build(self, opcode, operands)
         function = operation(opcode)

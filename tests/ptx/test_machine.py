@@ -123,7 +123,14 @@ def test_what_a_gpu_would_refuse(body, says):
 
 
 def test_an_access_under_a_false_predicate_is_none():
-    run("setp.eq.s32 %p1, %r1, 1;\n mov.b64 %rd3, 0;\n @%p1 ld.global.b32 %r3, [%rd3];", torch.zeros(64))
+    body = """
+      setp.eq.s32 %p1, %r1, 1;
+      mov.b64 %rd3, 0;
+      mov.b32 %r3, 7;
+      @%p1 ld.global.b32 %r3, [%rd3];
+      st.global.b32 [%rd2], %r3;
+    """
+    assert run(body, torch.zeros(64, dtype=torch.int32)).tolist() == [7] * 64
 
 
 def test_waiting_for_what_never_comes():

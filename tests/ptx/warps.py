@@ -32,11 +32,8 @@ def shuffle(machine: Machine, opcode: Parts, operands: Parts) -> Step:
     read, count, clamp = (machine.source(operand, 32) for operand in operands[1:4])
 
     def step(mask: Mask) -> None:
-        lane, by, bound = (
-            matrices.LANE,
-            _rows(count()).astype(np.int64),
-            _rows(clamp()).astype(np.int64),
-        )
+        lane = matrices.LANE
+        by, bound = (_rows(operand()).astype(np.int64) for operand in (count, clamp))
         segment = bound >> 8 & 31
         highest = (lane & segment) | (bound & 31 & ~segment)
         by = by & 31
