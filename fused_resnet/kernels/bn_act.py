@@ -40,7 +40,7 @@ def bn_act_kernel(
     DEPENDENT: tl.constexpr = False,
 ):
     begin(DEPENDENT)
-    _, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
+    _, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C, FROM_THE_END=True)
     y_ptr += first * channels
     out_ptr += first * channels
     if HAS_BITS:

@@ -49,7 +49,7 @@ def bn_act_grad_reduce_kernel(
     DEPENDENT: tl.constexpr = False,
 ):
     begin(DEPENDENT)
-    tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
+    tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C, FROM_THE_END=True)
     dout_ptr += first * channels
     if HAS_Y:
         y_ptr += first * channels

@@ -19,7 +19,7 @@ times, once for each s, and adds it to the three rows of the result that it touc
 import triton
 import triton.language as tl
 
-from .common import affine, begin, relu_grad
+from .common import affine, begin, from_the_end, relu_grad
 
 
 @triton.jit
@@ -129,6 +129,8 @@ def box_conv_kernel(
     """``FLIP``: dgrad. ``TRANSPOSED``: what for, as in conv_fprop."""
     begin(DEPENDENT)
     pid_m = tl.program_id(0) // num_n
+    if FLIP:
+        pid_m = from_the_end(pid_m, num_m)
     c0 = tl.program_id(0) % num_n * BLOCK_N
     n0 = pid_m // (boxes_h * boxes_w) * BOX_N
     h0 = pid_m // boxes_w % boxes_h * BOX_H

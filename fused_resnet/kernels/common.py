@@ -18,6 +18,16 @@ def begin(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def from_the_end(index, count):
+    """``index``, counted from the last of ``count``: the order of tiles in kernels whose operand was written just now.
+
+    The kernels before them go up through memory. Of what these touched, the L2 cache holds the end: whoever begins
+    there finds some 25 MB, and whoever begins at the front finds nothing, and drives it out.
+    """
+    return count - 1 - index
+
+
+@triton.jit
 def relu(x):
     """max(x, 0) that lets NaN through, as PyTorch's does (a plain maximum drops it on the GPU)."""
     return tl.where(x <= 0, 0.0, x)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, begin, relu_grad, widened
+from .common import affine, begin, from_the_end, relu_grad, widened
 from .implicit_gemm import as_stored, load_rows, split_rows, tap_bits
 
 
@@ -151,7 +151,7 @@ def conv_dgrad_kernel(
     STEP_P: tl.constexpr = DILATION_H * STEP_R // STRIDE_H
     STEP_Q: tl.constexpr = DILATION_W * STEP_S // STRIDE_W
 
-    tile = tl.program_id(0) // num_n
+    tile = from_the_end(tl.program_id(0) // num_n, num_m)
     pid_n = tl.program_id(0) % num_n
 
     # Tiles of the same pixels of dy, one of each class, are neighbours: they find it in L2.

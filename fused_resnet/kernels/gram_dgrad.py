@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .bits import unpack_bits
-from .common import affine, begin, relu, relu_grad
+from .common import affine, begin, from_the_end, relu, relu_grad
 from .implicit_gemm import sampled_rows, split_rows
 
 
@@ -110,7 +110,7 @@ def gram_dgrad_kernel(
     """``HAS_RELU``: a = relu(y*scale + shift), else a = y. ``WHOLE``: one N tile holds all of p, and a is one block."""
     begin(DEPENDENT)
     SAMPLES: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
-    pid_m = tl.program_id(0) // num_n
+    pid_m = from_the_end(tl.program_id(0) // num_n, num_m)
     pid_n = tl.program_id(0) % num_n
     first = pid_m * BLOCK_M
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

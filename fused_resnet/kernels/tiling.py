@@ -3,16 +3,21 @@
 import triton
 import triton.language as tl
 
+from .common import from_the_end
+
 
 @triton.jit
-def pass_tile(rows, channels, rows_per_tile, BLOCK_C: tl.constexpr):
+def pass_tile(rows, channels, rows_per_tile, BLOCK_C: tl.constexpr, FROM_THE_END: tl.constexpr = False):
     """(tile, its first row as int64, how many rows it has, its channels).
 
     Channel blocks of the same rows are neighbours in launch order, so that together they read whole rows of memory.
+    ``FROM_THE_END``: the tiles of the last rows come first.
     """
     blocks_c = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0)
     tile = pid // blocks_c
+    if FROM_THE_END:
+        tile = from_the_end(tile, tl.num_programs(0) // blocks_c)
     first = tile.to(tl.int64) * rows_per_tile
     count = tl.minimum(rows - first, rows_per_tile).to(tl.int32)
     offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
