@@ -23,6 +23,9 @@ Mask = Array | None
 """Which threads execute an instruction; None: all."""
 Step = Callable[[Mask], None]
 Parts = tuple[str, ...]
+Watch = Callable[["Machine", int], Step | None]
+"""Asked of each instruction of a new machine: what is to be done before it is executed, if anything."""
+WATCHES: list[Watch] = []
 ORDER = {"bar", "barrier", "fence", "membar", "griddepcontrol"}
 """What orders threads, which go in step here."""
 HINTS = {"nanosleep", "prefetch", "discard", "applypriority"}
@@ -65,6 +68,8 @@ class Machine:
             self.registers[f"%nctaid.{axis}"] = zero + np.uint32(grid[place])
             self.registers[f"%ntid.{axis}"] = zero + np.uint32(kernel.threads if place == 0 else 1)
         self.steps = [self._built(instruction) for instruction in kernel.code]
+        for watch in WATCHES:
+            self.steps = [_both(watch(self, at), step) for at, step in enumerate(self.steps)]
 
     # ---------------------------------------------------------------- control
 
@@ -197,3 +202,14 @@ class Machine:
         if function is None:
             raise NotImplementedError(instruction.text)
         return threads.plain(self, opcode, operands, function)
+
+
+def _both(first: Step | None, then: Step) -> Step:
+    if first is None:
+        return then
+
+    def step(mask: Mask) -> None:
+        first(mask)
+        then(mask)
+
+    return step

@@ -25,7 +25,7 @@ class Instruction:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """An entry point: its parameters (name and bytes, in order), and its code, where labels are positions."""
 
