@@ -6,7 +6,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.box_conv import box_conv_kernel, walk_conv_kernel
-from ..plan.box import Box, exact_box, row_box, why_not_boxes
+from ..plan.box import Box, exact_box, row_box, why_not_boxes, why_not_stored
 from ..plan.config import GemmConfig
 from ..plan.passes import ceil_div
 from ..plan.problem import ConvProblem
@@ -32,9 +32,9 @@ def box_conv_fprop(
     """y = conv(x, weight) [N, Co, H, W], and with ``stats`` the statistics of y, box by box.
 
     ``x`` [N, Ci, H, W] and ``weight`` [Co, Ci, 3, 3] are dense NHWC of one dtype. Raises ValueError for a filter or
-    geometry other than 3x3, stride 1, padding 1, for input channels that are no multiple of ``config.block_k``, and
-    where no box of ``config.block_m`` pixels tiles the batch. ``config.form`` is "box", or "walk" where one step holds
-    all input channels.
+    geometry other than 3x3, stride 1, padding 1, for input channels that are no multiple of ``config.block_k``, for
+    output channels that leave copies of their last tile empty, and where no box of ``config.block_m`` pixels tiles the
+    batch. ``config.form`` is "box", or "walk" where one step holds all input channels.
     """
     require_image(x, (problem.N, problem.Ci, problem.H, problem.W), x, "x")
     y, tiles = _launch(x, weight, problem, config, problem.Ci, problem.Co, stats=stats)
@@ -83,6 +83,7 @@ def _launch(
     require_image(weight, (p.Co, p.Ci, p.R, p.S), x, "weight")
     walks = config.form == "walk"
     reason = why_not_boxes(p, config.block_m, reduced, config.block_k, walks=walks)
+    reason = reason or why_not_stored(channels, config.block_n, x.element_size())
     if reason:
         raise ValueError(reason)
     box = row_box(p, config.block_m) if walks else exact_box(p, config.block_m)

@@ -9,6 +9,8 @@ from .problem import ConvProblem
 
 LARGEST = 256
 """Elements of one dimension that one copy takes."""
+COPY_BYTES = 128
+"""Of a pixel's channels, so many are copied at once: as many as a pattern of shared memory holds."""
 
 
 class Box(NamedTuple):
@@ -63,4 +65,12 @@ def why_not_boxes(problem: ConvProblem, pixels: int, reduced: int, step: int, *,
         return f"no box of {pixels} pixels tiles {problem}"
     if reduced % step or step & (step - 1) or (walks and reduced != step):
         return f"{reduced} channels, in steps of {step}"
+    return ""
+
+
+def why_not_stored(channels: int, width: int, itemsize: int) -> str:
+    """Why tiles ``width`` wide do not store ``channels``, or "": a copy out that lies wholly outside traps."""
+    beyond = -channels % width
+    if beyond * itemsize >= COPY_BYTES:
+        return f"of the last {width} channels {beyond} are none of {channels}, whole copies of {COPY_BYTES} bytes"
     return ""

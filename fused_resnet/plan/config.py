@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from .box import why_not_boxes
+from .box import why_not_boxes, why_not_stored
 from .problem import ConvProblem
 from .target import Target
 
@@ -162,9 +162,10 @@ def _supports_boxes(problem: ConvProblem, kind: str, target: Target, config: Gem
         grads, inputs = {1: (1, 1), 3: (1, 3), 9: (3, 3)}[config.row_taps]
         staged = config.block_k * config.num_stages * (grads * config.block_m + inputs * config.block_n)
     else:
-        reduced = problem.Ci if kind == "fprop" else problem.Co
+        reduced, columns = (problem.Ci, problem.Co) if kind == "fprop" else (problem.Co, problem.Ci)
         walks = config.form == "walk"
         reason = why_not_boxes(problem, config.block_m, reduced, config.block_k, walks=walks)
+        reason = reason or why_not_stored(columns, config.block_n, itemsize)
         if reason:
             return False, reason
         if walks and config.transposed:

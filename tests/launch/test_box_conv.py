@@ -147,6 +147,7 @@ def test_meta_tensors_are_only_recorded():
         ({"problem": replace(PROBLEMS[0], dtype="float32")}, "described in float32"),
         ({"config": replace(BOX, block_m=128)}, "no box of 128 pixels"),
         ({"config": replace(BOX, block_k=32)}, "16 channels, in steps of 32"),
+        ({"config": replace(BOX, block_n=64)}, "of the last 64 channels 32 are none"),
         ({"x": torch.zeros(2, 16, 4, 8).double()}, "channels_last"),
         ({"weight": torch.zeros(32, 3, 3, 16).permute(0, 3, 1, 2)}, "weight must be torch.float64"),
         ({"input_affine": torch.zeros(2, 16).double()}, "no prologue"),

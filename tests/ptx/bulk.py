@@ -48,9 +48,10 @@ class TensorMap:
 
     def store(self, memory: Global, shared: Shared, lane: int, address: int, corner: tuple[int, ...]) -> None:
         addresses, inside = self.places(corner)
+        if not inside.any():
+            raise Fault("a store to a box that lies wholly outside of its tensor: hardware traps")
         values = shared.raw.view(UNSIGNED[8 * self.itemsize])[self._in_shared(shared, lane, address)]
-        if inside.any():
-            memory.write(addresses[inside], values[inside, None])
+        memory.write(addresses[inside], values[inside, None])
 
 
 @dataclass

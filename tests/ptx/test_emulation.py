@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
@@ -102,3 +104,15 @@ def test_boxes_are_zero_outside(width):
     for row, column in ((0, 0), (-3, 8), (10, -5), (19, 70), (30, 0)):
         shifted_kernel[(1,)](*described, row, column, BLOCK=16)
         assert torch.equal(out, padded[row + 40 : row + 56, column + 80 : column + 80 + width])
+
+
+@pytest.mark.skipif(EMULATED == 80, reason="sm_80 has no tensor descriptors")
+def test_a_copy_out_that_lies_wholly_outside():
+    """A box 128 channels wide is copied in two halves: a tensor of 72 has part of the second one, one of 64 none."""
+    x = torch.randn(16, 128).bfloat16()
+    for columns, complaint in ((72, nullcontext()), (64, pytest.raises(Fault, match="wholly outside"))):
+        out = torch.empty(16, columns, dtype=torch.bfloat16)
+        described = [TensorDescriptor.from_tensor(t, [16, 128]) for t in (x, out)]
+        with complaint:
+            shifted_kernel[(1,)](*described, 0, 0, BLOCK=16)
+            assert torch.equal(out, x[:, :columns])
