@@ -35,7 +35,13 @@ PARTS = {
         ],
     ),
     "sm_90 groups": (90, ["-m", "quick", "tests/launch/test_bn_sync.py"]),
-    "sm_80": (80, [f"tests/launch/test_{name}.py" for name in ("conv_fprop", "conv_wgrad", "gram_dgrad", "stem_conv")]),
+    "sm_80": (
+        80,
+        [
+            *(f"tests/launch/test_{name}.py" for name in ("conv_fprop", "conv_wgrad", "gram_dgrad", "stem_conv")),
+            "tests/ptx/test_chosen.py",
+        ],
+    ),
 }
 
 
