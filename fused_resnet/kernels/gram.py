@@ -105,6 +105,7 @@ def gram_kernel(
     STORE_A: tl.constexpr,
     EVEN_K: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -141,11 +142,11 @@ def gram_kernel(
     scale_j = None
     shift_j = None
     if HAS_AFFINE:
-        scale_j = tl.load(affine_ptr + offs_j, mask=mask_j, other=0.0)
-        shift_j = tl.load(affine_ptr + C + offs_j, mask=mask_j, other=0.0)
+        scale_i = tl.load(affine_ptr + offs_i, mask=mask_i, other=0.0)
+        shift_i = tl.load(affine_ptr + C + offs_i, mask=mask_i, other=0.0)
         if TILES > 1:
-            scale_i = tl.load(affine_ptr + offs_i, mask=mask_i, other=0.0)
-            shift_i = tl.load(affine_ptr + C + offs_i, mask=mask_i, other=0.0)
+            scale_j = tl.load(affine_ptr + offs_j, mask=mask_j, other=0.0)
+            shift_j = tl.load(affine_ptr + C + offs_j, mask=mask_j, other=0.0)
 
     if HAS_PIVOT:
         DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -157,22 +158,30 @@ def gram_kernel(
         a_base += row_start.to(tl.int64) * C
         mask_a = mask_j & (row_tile == column_tile)
 
+    # A left operand that is computed is computed one step ahead. What the step before has made, the compiler writes to
+    # shared memory, once where it is the right operand too. What the same step makes, tensor cores take from registers:
+    # there it is read for them from rows that all begin in one bank, and the right operand is computed apart.
+    AHEAD: tl.constexpr = HAS_AFFINE and not HAS_PIVOT and not SAMPLES
     OPERAND: tl.constexpr = tl.float64 if ACC == tl.float64 else x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=ACC)
     sums = tl.zeros((LANES, BLOCK_N), dtype=ACC)  # in two dimensions: reduced across threads once, not at every step
-    for step in range(tl.cdiv(rows, BLOCK_K)):
+    steps = tl.cdiv(rows, BLOCK_K)
+    if AHEAD:
+        a_i = load_normalised(base + x_offs_i, offs_k < rows, mask_i, scale_i, shift_i, EVEN_K)
+    for step in tl.range(0, steps, num_stages=STAGES):  # said here, so that what is loaded ahead is pipelined, too
         mask_k = offs_k < rows - step * BLOCK_K
         if SAMPLES:
             x_rows = x_ptr + (sampled_rows(n, i, j, H, W, STRIDE_H, STRIDE_W) * C)[:, None]
             n, i, j = next_rows(n, i, j, BLOCK_K, I, J)
         else:
             x_rows = base
-        a_j = load_normalised(x_rows + x_offs_j, mask_k, mask_j, scale_j, shift_j, EVEN_K)
-        if TILES == 1:
-            a_i = a_j
-        else:
+        if not AHEAD:
             a_i = load_normalised(x_rows + x_offs_i, mask_k, mask_i, scale_i, shift_i, EVEN_K)
+        if TILES == 1:
+            a_j = a_i
+        else:
+            a_j = load_normalised(x_rows + x_offs_j, mask_k, mask_j, scale_j, shift_j, EVEN_K)
         left, right = a_i, a_j
         if HAS_PIVOT:
             left = (a_i - pivot_i).to(OPERAND)
@@ -192,6 +201,9 @@ def gram_kernel(
             a_base += BLOCK_K * C
         if not SAMPLES:
             base += BLOCK_K * C
+        if AHEAD:
+            mask_k = offs_k < rows - (step + 1) * BLOCK_K
+            a_i = load_normalised(base + x_offs_i, mask_k, mask_i & (step + 1 < steps), scale_i, shift_i, EVEN_K)
     total += acc
 
     partial_ptr += part.to(tl.int64) * elements

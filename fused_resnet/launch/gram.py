@@ -88,6 +88,7 @@ def gram(
         STORE_A=store_a,
         EVEN_K=rows % config.block_k == 0,
         LANES=min(config.block_k, max(1, lanes)),
+        STAGES=config.num_stages,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         ACC=acc,
