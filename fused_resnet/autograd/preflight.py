@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources
 
 from ..launch.record import Rehearsed, rehearse_launches
 from ..plan import planner
 from ..plan.plans import ChainProblem, decode
+from ..plan.target import Target, current
 from . import chain
 
 REFUSALS = (TritonError, RuntimeError, OSError, SubprocessError)
@@ -66,11 +68,14 @@ def _say(sentence: str) -> None:
 def _compile(text: str, index: int, parameters: str) -> str:
     """Compiles what the plan launches; the first failure in words, or ""."""
     failures: list[str] = []
+    target = current(torch.device("cuda", index))
 
     def on_kernel(found: Rehearsed) -> None:
         if not failures:
             try:
-                compile_kernel(found.kernel, found.arguments, found.options)
+                compiled = compile_kernel(found.kernel, found.arguments, found.options)
+                if target is not None:
+                    check_resources(compiled, target)
             except REFUSALS as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
                 detail = f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
@@ -85,9 +90,17 @@ def _compile(text: str, index: int, parameters: str) -> str:
     return failures[0] if failures else ""
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-    """Into the caches that a launch with these arguments reads."""
-    kernel.warmup(**arguments, **options, grid=(1,))
+def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Into the caches that a launch with these arguments reads; what Triton made of it."""
+    return kernel.warmup(**arguments, **options, grid=(1,))
+
+
+def check_resources(compiled: Any, target: Target) -> None:
+    """OutOfResources, which Triton raises at the first launch alone, if a program cannot have what it asks for."""
+    metadata = getattr(compiled, "metadata", None)  # None where a hook of Triton's had it compiled elsewhere
+    asked = metadata.shared if metadata else 0
+    if asked > target.shared_memory:
+        raise OutOfResources(asked, target.shared_memory, "shared memory")
 
 
 def rehearse_chain(text: str, parameters: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,13 +47,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], set[str]]:
     seen: list[str] = []
     broken: set[str] = set()
 
-    def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
         seen.append(kernel.fn.__name__)
         if kernel.fn.__name__ in broken:
             raise RuntimeError("ptxas fatal\nError: out of patience\n    ^")
+        return asking_for(HERE.shared_memory)
 
     monkeypatch.setattr(preflight, "compile_kernel", compile_kernel)
     return seen, broken
+
+
+def asking_for(shared: int) -> Any:
+    """A compiled kernel that needs so much shared memory."""
+    return SimpleNamespace(metadata=SimpleNamespace(shared=shared))
 
 
 def layers() -> list[tuple[Conv, BatchNorm]]:
@@ -106,6 +113,19 @@ def test_a_kernel_that_fails_costs_speed_alone(
     with fr.record_launches() as launches:
         bottleneck(image(), layers()).sum().backward()
     assert broken not in {entry.kernel for entry in launches} and bool(launches) == (route == "staged")
+
+
+def test_a_kernel_that_compiles_but_does_not_fit(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would say so when it is launched, in the middle of a step."""
+
+    def compile_kernel(kernel: Any, *_: Any) -> Any:
+        return asking_for(HERE.shared_memory + (kernel.fn.__name__ == "gram_kernel"))
+
+    monkeypatch.setattr(preflight, "compile_kernel", compile_kernel)
+    with pytest.warns(UserWarning, match="gram_kernel does not .* shared memory, Required: 232449, Hardware limit"):
+        out = bottleneck(image(), layers())
+    with fr.use_route("staged"):
+        assert torch.equal(out, bottleneck(image(), layers()))
 
 
 def test_what_was_asked_for_strictly_raises_the_reason(compiled: tuple[list[str], set[str]]) -> None:
