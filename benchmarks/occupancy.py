@@ -14,11 +14,28 @@ from triton.backends import nvidia
 TOOLS = Path(nvidia.__file__).parent / "bin"
 """The vendor's tools that come with Triton."""
 
-SM_SHARED = {80: 167_936, 90: 233_472}
 RESERVED = 1024
 """Bytes of shared memory that every program takes beside what it asks for."""
 REGISTERS, SCHEDULERS = 65_536, 4
-THREADS, PROGRAMS = 2048, 32
+
+
+class Processor(NamedTuple):
+    """What a multiprocessor holds at a time; the registers are as many everywhere."""
+
+    shared: int
+    threads: int
+    programs: int
+
+
+PROCESSORS = {
+    80: Processor(167_936, 2048, 32),
+    86: Processor(102_400, 1536, 16),
+    89: Processor(102_400, 1536, 24),
+    90: Processor(233_472, 2048, 32),
+    100: Processor(233_472, 2048, 32),
+    120: Processor(102_400, 1536, 24),
+}
+"""By compute capability: the CUDA programming guide's table of technical specifications."""
 
 
 class Resources(NamedTuple):
@@ -56,11 +73,12 @@ class Occupancy(NamedTuple):
 
 def occupancy(registers: int, shared: int, warps: int, sm: int) -> Occupancy:
     """Of a program with so many registers a thread, bytes of shared memory, and warps."""
+    processor = PROCESSORS[sm]
     per_warp = 32 * -(-max(registers, 1) // 8) * 8
     fitting = {
         "registers": SCHEDULERS * (REGISTERS // SCHEDULERS // per_warp) // warps,
-        "shared memory": SM_SHARED[sm] // (shared + RESERVED),
-        "threads": min(THREADS // (32 * warps), PROGRAMS),
+        "shared memory": processor.shared // (shared + RESERVED),
+        "threads": min(processor.threads // (32 * warps), processor.programs),
     }
     limit = min(fitting, key=lambda name: fitting[name])
     return Occupancy(fitting[limit], limit)

@@ -2,9 +2,11 @@
 
     python -m tests.compile_audit [--sm 80 90] [--dtypes bfloat16 float16 float32] [--kernel NAME] [--covering]
 
+``--sm`` takes 86, 89, 100 and 120 too: GPUs that nothing was tuned for, whose users get the planner's guesses. It
 prints a table (registers, shared memory, programs per SM, tensor instructions) and exits with 1 if any of them spills,
 asks for more shared memory than a block may have, uses no wgmma where it should, or addresses rows with 32 bits.
 ``--dependent``: one configuration of each kernel as a dependent launch (sm_90), which must wait before all else.
+``--largest``: the largest tile of each kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,11 +25,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.occupancy import occupancy, resources
+from benchmarks.occupancy import PROCESSORS, RESERVED, occupancy, resources
 
-BLOCK_SHARED = {80: 166_912, 90: 232_448}
+TUNED = (80, 90)
+"""Compute capabilities whose configurations were pruned of what spills. Elsewhere a spill is slow, and no failure."""
+BOARDS = {86: ("A10", 72), 89: ("L40S", 142), 100: ("B200", 148), 120: ("RTX 5090", 170)}
+"""Of the others: a board, and its multiprocessors."""
 SMALL_ONLY = ("bn_merge", "bn_finalize", "bn_frozen", "bn_grad_merge", "bn_grad_finalize", "bn_sync", "gram_reduce")
 """Kernels that address statistics and their tiles, a hundredth of an activation: 32 bits do."""
 DESCRIBED = ("box_", "walk_")
@@ -108,10 +115,11 @@ def compile_call(call: Any, sm: int, dependent: bool = False) -> Compiled:
     registers, local = resources(compiled.asm["cubin"])
     shared, wgmma = compiled.metadata.shared, "wgmma.mma_async" in compiled.asm["ptx"]
     failures = []
-    if local > (MEASURED if call.measured else PARKED):
+    if local > (MEASURED if call.measured or sm not in TUNED else PARKED):
         failures.append(f"spills {local} bytes a thread")
-    if shared > BLOCK_SHARED[sm]:
-        failures.append(f"{shared} bytes of shared memory, a block has {BLOCK_SHARED[sm]}")
+    most = PROCESSORS[sm].shared - RESERVED
+    if shared > most:
+        failures.append(f"{shared} bytes of shared memory, a block has {most}")
     if sm == 90 and wants_wgmma(call) and not wgmma:
         failures.append("no wgmma")
     if not call.kernel.startswith(SMALL_ONLY) and not wide_rows(compiled.asm["ttir"]):
@@ -147,6 +155,25 @@ def _compile(job: tuple[Any, int, bool]) -> Compiled:
     return compile_call(*job)
 
 
+def target_of(sm: int) -> Any:
+    """What the planner knows of such a GPU: a preset, or what it makes of a board's properties."""
+    from fused_resnet.plan.target import A100, H100, from_properties
+
+    if sm in TUNED:
+        return {80: A100, 90: H100}[sm]
+    name, processors = BOARDS[sm]
+    major, minor = divmod(sm, 10)
+    shared = PROCESSORS[sm].shared - RESERVED
+    properties = {"name": name, "major": major, "minor": minor, "multi_processor_count": processors}
+    return from_properties(SimpleNamespace(**properties, shared_memory_per_block_optin=shared))
+
+
+def tile_elements(call: Any) -> int:
+    """How much a program works on at a time, by all that its constants say of it."""
+    blocks = [value for name, value in call.arguments if name.startswith("BLOCK_") and isinstance(value, int)]
+    return math.prod(blocks) * dict(call.options).get("num_stages", 1)
+
+
 def audit(
     sms: Iterable[int],
     dtypes: tuple[str, ...],
@@ -155,17 +182,17 @@ def audit(
     kernel: str = "",
     jobs: int = 2,
     dependent: bool = False,
+    largest: bool = False,
 ) -> Iterator[Compiled]:
-    """Compiles what ships for each of ``sms``, ``jobs`` at a time; ``dependent``: one launch of each kernel."""
-    from fused_resnet.plan.target import A100, H100
+    """Compiles what ships for each of ``sms``, ``jobs`` at a time; ``dependent``, ``largest``: one of each kernel."""
     from tests.shipped import shipped
 
-    targets = {80: A100, 90: H100}
     work = [
-        (call, sm, dependent) for sm in sms for call in shipped(targets[sm], dtypes, exact) if kernel in call.kernel
+        (call, sm, dependent) for sm in sms for call in shipped(target_of(sm), dtypes, exact) if kernel in call.kernel
     ]
-    if dependent:
-        work = list({call.kernel: (call, *rest) for call, *rest in work}.values())
+    if dependent or largest:
+        work.sort(key=lambda job: tile_elements(job[0]))
+        work = list({(call.kernel, sm): (call, sm, *rest) for call, sm, *rest in work}.values())
     work.sort(key=lambda job: (job[0].kernel, job[1], job[0].key()))
     context = multiprocessing.get_context("spawn")  # LLVM does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -189,11 +216,14 @@ def in_subprocess(arguments: list[str], python: str = sys.executable) -> list[Co
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sm", type=int, nargs="+", choices=(80, 90), default=[80, 90], help="compute capabilities")
+    parser.add_argument(
+        "--sm", type=int, nargs="+", choices=sorted(PROCESSORS), default=list(TUNED), help="compute capabilities"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], help="of the activations")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--covering", action="store_true", help="one of each set of constants, whatever the sizes")
     parser.add_argument("--dependent", action="store_true", help="one of each kernel, as a dependent launch (sm_90)")
+    parser.add_argument("--largest", action="store_true", help="the largest tile of each kernel")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     arguments = parser.parse_args()
@@ -202,7 +232,7 @@ def main() -> int:
     print(HEADER)
     found = []
     exact = not arguments.covering
-    how = {"kernel": arguments.kernel, "jobs": arguments.jobs, "dependent": arguments.dependent}
+    how = {name: getattr(arguments, name) for name in ("kernel", "jobs", "dependent", "largest")}
     for compiled in audit([90] if arguments.dependent else arguments.sm, tuple(arguments.dtypes), exact=exact, **how):
         found.append(compiled)
         print(compiled.row(), flush=True)

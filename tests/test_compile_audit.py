@@ -22,13 +22,25 @@ def refused(found: list[Compiled]) -> str:
     return "\n".join([HEADER, *(c.row() for c in found if c.failures)])
 
 
+def kernels_of(sm: int) -> set[str]:
+    return {name for name in KERNELS if 90 <= sm < 120 or not name.startswith(DESCRIBED)}
+
+
 @pytest.mark.parametrize("sm", [80, 90])
 def test_every_kernel_in_bfloat16(sm):
     found = in_subprocess(["--covering", "--sm", str(sm), "--dtypes", "bfloat16"])
-    here = {name for name in KERNELS if sm >= 90 or not name.startswith(DESCRIBED)}
-    assert {c.kernel for c in found} == here, "tests/shipped.py must launch every kernel"
+    assert {c.kernel for c in found} == kernels_of(sm), "tests/shipped.py must launch every kernel"
     assert not any(c.failures for c in found), refused(found)
     assert any(c.wgmma for c in found) == (sm == 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [86, 100, 120])
+def test_the_largest_tiles_on_gpus_that_nothing_was_tuned_for(sm):
+    found = in_subprocess(["--covering", "--largest", "--sm", str(sm), "--dtypes", "bfloat16"])
+    missing = kernels_of(sm) - {c.kernel for c in found}
+    assert missing <= {"stem_conv_wgrad_kernel"}, "what does not fit into shared memory is the vendor's"
+    assert not any(c.failures for c in found), refused(found)
 
 
 @pytest.mark.slow

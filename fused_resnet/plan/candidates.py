@@ -141,7 +141,7 @@ def gram_candidates(problem: ConvProblem, kind: str, target: Target, most: int =
             problem.Ci,
             target.sm_count,
             itemsize=itemsize,
-            sm=target.sm,
+            group_products=target.has_group_products,
             pivots=has_pivot(problem.dtype),
             interpreter=target.interpreter,
         )
@@ -225,7 +225,7 @@ def _likely(problem: ConvProblem, kind: str, target: Target, formed: bool, found
 
 def _boxes(problem: ConvProblem, kind: str, target: Target) -> Iterator[GemmConfig]:
     """The forms of a 3x3 of stride 1 that tensor descriptors read."""
-    if target.sm < 90 or not problem.is_same_3x3 or problem.dtype == "float32":
+    if not target.has_group_products or not problem.is_same_3x3 or problem.dtype == "float32":
         return
     if kind == "wgrad":
         for co, ci, k, warps, stages, taps, programs in BOX_WGRAD:

@@ -31,7 +31,7 @@ def pair_candidates(problem: ConvProblem, target: Target) -> list[GemmConfig]:
         return []
     outputs = max(16, next_power_of_2(problem.Co))
     found = []
-    for rows, channels, warps, stages, share in PAIR if target.sm >= 90 else PAIR_SM80:
+    for rows, channels, warps, stages, share in PAIR if target.has_group_products else PAIR_SM80:
         if channels <= max(64, problem.Ci):
             split = wgrad_split(problem, outputs, channels, rows, target.sm_count)
             found.append(GemmConfig(rows, channels, outputs, warps, stages, max(1, split // share)))

@@ -93,14 +93,14 @@ def _tile_config(problem: ConvProblem, kind: str, target: Target) -> GemmConfig:
         block_m, block_n = _tile(problem.Co), _tile(problem.Ci)
         row_taps = 3 if problem.S == 3 and block_m * block_n <= 64 * 64 else 1
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        block_k = 32 if problem.dtype == "float32" or (row_taps == 3 and target.sm < 90) else 64
+        block_k = 32 if problem.dtype == "float32" or (row_taps == 3 and not target.has_group_products) else 64
         split = wgrad_split(problem, block_m, block_n, block_k, target.sm_count, row_taps)
         return GemmConfig(block_m, block_n, block_k, num_warps=warps, num_stages=3, split=split, row_taps=row_taps)
     columns = problem.Co if kind == "fprop" else problem.Ci
     reduced = problem.Ci if kind == "fprop" else problem.Co
     block_n = _tile(columns)
     # A wider step would not fit the registers of float32, nor of a dgrad's two operands without wgmma.
-    narrow = problem.dtype == "float32" or (kind == "dgrad" and target.sm < 90)
+    narrow = problem.dtype == "float32" or (kind == "dgrad" and not target.has_group_products)
     block_k = 32 if narrow or reduced <= 32 else 64
     # Registers and shared memory for two or three programs on a processor: one's loads, another's products.
     if kind == "dgrad":

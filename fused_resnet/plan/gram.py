@@ -34,14 +34,14 @@ def gram_config(
     sm_count: int = 132,
     *,
     itemsize: int = 2,
-    sm: int = 80,
+    group_products: bool = False,
     pivots: bool = False,
     interpreter: bool = False,
 ) -> GemmConfig:
     """The Gram matrix of ``rows`` x ``p``: square tiles ``block_m`` = ``block_n``, ``block_k`` rows at a time.
 
     ``split`` fills the processors once. The partials, written and read once, stay below a quarter of the input,
-    unless that would leave processors idle. ``sm``: compute capability; from 90 on, longer steps fit the registers.
+    unless that would leave processors idle. ``group_products``: the target's; with them longer steps fit the registers.
     ``pivots``: of 16-bit data; beside a pivot's registers long steps would leave fewer programs.
     """
     most = 128 if itemsize == 2 else 64
@@ -50,7 +50,7 @@ def gram_config(
         return GemmConfig(block_n, block_n, 128, split=max(1, min(2, rows // 128)))
     # Registers decide: the steps that do not spill beside two accumulators, and the programs that an SM then holds.
     tiles = gram_tiles(p, block_n)
-    block_k = 16 if itemsize > 2 else 64 if not pivots and (block_n <= 64 or sm >= 90) else 32
+    block_k = 16 if itemsize > 2 else 64 if not pivots and (block_n <= 64 or group_products) else 32
     programs = (3 if block_n <= 64 else 1) * sm_count
     affordable = rows * p * itemsize // (4 * 4 * tiles * block_n * block_n)
     split = min(max(affordable, sm_count // tiles), programs // tiles, ceil_div(rows, block_k) // MIN_STEPS)

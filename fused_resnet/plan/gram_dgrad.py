@@ -15,9 +15,9 @@ def gram_dgrad_config(rows: int, p: int, q: int, target: Target, *, itemsize: in
         block_n = min(max(16, 1 << (p - 1).bit_length()), 128)
         return GemmConfig(128 if rows > 4096 else 32, block_n, 64 if q >= 64 else 16, num_warps=4)
     if itemsize > 2:
-        narrow = p <= 64 or target.sm < 90
+        narrow = p <= 64 or not target.has_group_products
         return GemmConfig(64, 64 if narrow else 128, 32, num_warps=4 if narrow else 8, num_stages=3)
-    if target.sm < 90:  # a and both terms of P lie in registers
+    if not target.has_group_products:  # a and both terms of P lie in registers
         block_m, block_n, num_warps = (128, 64, 4) if p <= 64 else (64, 128, 8)
         return GemmConfig(block_m, block_n, 32, num_warps, num_stages=4)
     if p <= 64:

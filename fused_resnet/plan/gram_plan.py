@@ -111,7 +111,7 @@ def _gram_config(conv: ConvProblem, target: Target) -> GemmConfig:
         conv.Ci,
         target.sm_count,
         itemsize=ELEMENT_BYTES.get(conv.dtype, 2),
-        sm=target.sm,
+        group_products=target.has_group_products,
         pivots=has_pivot(conv.dtype),
         interpreter=target.interpreter,
     )

@@ -18,9 +18,9 @@ def gram_wgrad_config(problem: ConvProblem, target: Target) -> GemmConfig:
         return GemmConfig(min(max(next_power_of_2(problem.Co), 16), 256), width, 1024)
     if problem.dtype == "float32":
         config = GemmConfig(64, min(width, 64), 32, num_warps=4, num_stages=3)
-    elif width <= 64 and target.sm >= 90:
+    elif width <= 64 and target.has_group_products:
         config = GemmConfig(256, 64, 32, num_warps=8, num_stages=3)
     else:
-        config = GemmConfig(128, width, 64 if target.sm >= 90 else 32, num_warps=8, num_stages=3)
+        config = GemmConfig(128, width, 64 if target.has_group_products else 32, num_warps=8, num_stages=3)
     split = wgrad_split(problem, config.block_m, config.block_n, config.block_k, target.sm_count)
     return replace(config, split=split)

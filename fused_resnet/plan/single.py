@@ -68,7 +68,7 @@ def single_config(problem: ChainProblem, target: Target) -> SingleConfig:
     # Registers for two programs on a processor: float32, a projection's second accumulator and products without wgmma
     # leave too few of them for wide steps.
     wide = first.dtype == "float32"
-    block_k = 32 if wide or problem.projection is not None or target.sm < 90 else 64
+    block_k = 32 if wide or problem.projection is not None or not target.has_group_products else 64
     block_m, maxnreg = (64, None) if wide else (MOST_ROWS, 128)
     found = []
     for most_p in range(1, min(block_m, last.P) + 1):

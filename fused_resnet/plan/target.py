@@ -42,6 +42,12 @@ class Target:
     dtypes: frozenset[str] = GPU_DTYPES
     interpreter: bool = False
 
+    @property
+    def has_group_products(self) -> bool:
+        """Whether products take both operands from shared memory: Hopper and its server kin. Elsewhere, on the cards
+        after it (sm_120) too, operands and products share a thread's registers, and tiles are smaller."""
+        return 90 <= self.sm < 120
+
     def why_not_dtype(self, dtype: str) -> str | None:
         """Why the kernels do not take activations of ``dtype`` here, or None where they do."""
         if dtype in self.dtypes:
