@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +62,11 @@ def _map(described: TensorDescriptor, metadata: dict[str, Any]) -> TensorMap:
     )
 
 
-def execute(compiled: Any, arguments: Iterable[Any], grid: tuple[int, ...]) -> None:
-    """Runs a compiled kernel over ``grid``; ``arguments`` in the order of its source, constants too."""
+def execute(compiled: Any, arguments: Iterable[Any], grid: tuple[int, ...], only: Sequence[int] | None = None) -> None:
+    """Runs a compiled kernel over ``grid``; ``arguments`` in the order of its source, constants too.
+
+    ``only``: the programs that run, by their numbers.
+    """
     kernel = _parsed(compiled.asm["ptx"])
     described = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[int] = []
@@ -86,6 +89,7 @@ def execute(compiled: Any, arguments: Iterable[Any], grid: tuple[int, ...]) -> N
     }
     whole = (*grid, 1, 1)[:3]
     programs = np.stack([axis.reshape(-1) for axis in np.meshgrid(*map(np.arange, whole), indexing="ij")], -1)
+    programs = programs if only is None else programs[list(only)]
     memory, at_once = Global(tensors), max(1, LANES // kernel.threads)
     with np.errstate(all="ignore"):
         for first in range(0, len(programs), at_once):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+SOURCE = re.compile(r"(\.loc\s)[^\n]*//\s*(\S+)")
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,]*?\s(\w+)(?:\[(\d+)\])?\s*(?:,|$)", re.DOTALL)
@@ -23,6 +24,8 @@ class Instruction:
     operands: tuple[str, ...]
     guard: tuple[str, bool] | None
     text: str
+    line: str
+    """Of the source: file, line and column, where the compiler said them."""
 
 
 @dataclass(eq=False)
@@ -40,7 +43,7 @@ class Kernel:
 
 def parse(ptx: str) -> Kernel:
     """The one kernel of a module. ValueError: no entry point, or more than one."""
-    text = COMMENT.sub("", ptx)
+    text = COMMENT.sub("", SOURCE.sub(r"\1\2", ptx))
     entries = list(ENTRY.finditer(text))
     if len(entries) != 1:
         raise ValueError(f"{len(entries)} entry points")
@@ -55,11 +58,14 @@ def parse(ptx: str) -> Kernel:
     body = text[entry.end() :]
     local = LOCAL.search(body)
     kernel = Kernel(entry[1], parameters, int(threads[1]), int(local[1]) if local else 0)
+    line = ""
     for statement, scope in _statements(body):
-        if statement.endswith(":"):
+        if statement.startswith(".loc"):
+            line = statement.split()[1]
+        elif statement.endswith(":"):
             kernel.labels[scope(statement[:-1])] = len(kernel.code)
         else:
-            kernel.code.append(_instruction(statement, scope))
+            kernel.code.append(_instruction(statement, scope, line))
     return kernel
 
 
@@ -79,10 +85,10 @@ class _Scope:
 
 
 def _statements(body: str) -> Iterator[tuple[str, _Scope]]:
-    """Labels and instructions, each with the scope that it stands in, up to the brace that ends the kernel."""
+    """Labels, instructions and lines of the source, each with its scope, up to the brace that ends the kernel."""
     scope, scopes, at = _Scope(None, 0), 1, 0
     pattern = re.compile(
-        r"\s*(?:(\{)(?=\s)|(\})|(\.loc\s[^\n]*|\.(?:pragma|local)\s[^;]*;)|(\.reg[^;]*);|([\w$]+:)(?!:)|([^;]*?);)",
+        r"\s*(?:(\{)(?=\s)|(\})|(\.(?:pragma|local)\s[^;]*;)|(\.reg[^;]*);|(\.loc\s[^\n]*|[\w$]+:(?!:))|([^;]*?);)",
         re.DOTALL,
     )
     while True:
@@ -90,7 +96,7 @@ def _statements(body: str) -> Iterator[tuple[str, _Scope]]:
         if found is None:
             raise ValueError(f"cannot be read: {body[at : at + 80]!r}")
         at = found.end()
-        opened, closed, _, declared, label, statement = found.groups()
+        opened, closed, _, declared, mark, statement = found.groups()
         if opened:
             scope = _Scope(scope, scopes)
             scopes += 1
@@ -101,11 +107,11 @@ def _statements(body: str) -> Iterator[tuple[str, _Scope]]:
             scope = scope.outer
         elif declared and scope.outer is not None:
             scope.names |= set(re.findall(r"[%\w]+", declared.split(maxsplit=2)[2]))
-        elif label or statement:
-            yield (label or statement.strip()), scope
+        elif mark or statement:
+            yield (mark or statement.strip()), scope
 
 
-def _instruction(statement: str, scope: _Scope) -> Instruction:
+def _instruction(statement: str, scope: _Scope, line: str) -> Instruction:
     guard = None
     text = " ".join(statement.split())
     if text.startswith("@"):
@@ -113,7 +119,7 @@ def _instruction(statement: str, scope: _Scope) -> Instruction:
         guard = (scope(condition.lstrip("!")), not condition.startswith("!"))
     opcode, _, rest = text.partition(" ")
     operands = tuple(re.sub(r"[%$\w]+", lambda found: scope(found[0]), token) for token in TOKEN.findall(rest))
-    return Instruction(tuple(opcode.strip(".").split(".")), operands, guard, " ".join(statement.split()))
+    return Instruction(tuple(opcode.strip(".").split(".")), operands, guard, " ".join(statement.split()), line)
 
 
 def width(register: str) -> int:
