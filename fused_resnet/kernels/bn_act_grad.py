@@ -17,7 +17,7 @@ import triton.language as tl
 from .bits import unpack_bits
 from .bn_act import load_channels
 from .common import affine, begin, relu_grad
-from .tiling import fold, pass_tile, step_bits, step_offsets
+from .tiling import fold, pass_tile, step_bits, step_offsets, sum_rows
 
 
 @triton.jit
@@ -99,10 +99,11 @@ def bn_act_grad_reduce_kernel(
 
     mask_c = offs_c < channels
     tiles_ptr += tile.to(tl.int64) * channels
-    tl.store(tiles_ptr + offs_c, tl.sum(sum_dz, axis=0), mask=mask_c)
-    tl.store(tiles_ptr + plane + offs_c, tl.sum(sum_dz_y, axis=0), mask=mask_c)
+    VECTOR: tl.constexpr = 128 // dout_ptr.dtype.element_ty.primitive_bitwidth
+    tl.store(tiles_ptr + offs_c, sum_rows(sum_dz, VECTOR), mask=mask_c)
+    tl.store(tiles_ptr + plane + offs_c, sum_rows(sum_dz_y, VECTOR), mask=mask_c)
     if HAS_RESIDUAL:
-        tl.store(tiles_ptr + 2 * plane + offs_c, tl.sum(sum_dz_residual, axis=0), mask=mask_c)
+        tl.store(tiles_ptr + 2 * plane + offs_c, sum_rows(sum_dz_residual, VECTOR), mask=mask_c)
 
 
 @triton.jit

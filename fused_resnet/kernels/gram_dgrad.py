@@ -22,6 +22,7 @@ import triton.language as tl
 from .bits import unpack_bits
 from .common import affine, begin, from_the_end, relu, relu_grad
 from .implicit_gemm import sampled_rows, split_rows
+from .tiling import fold, sum_rows
 
 
 @triton.jit
@@ -44,7 +45,20 @@ def store_rows(acc, dx_ptr, first, M, P, offs_n, mask_n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def masked_rows(acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, ROWS: tl.constexpr, ACC: tl.constexpr):
+def masked_rows(
+    acc,
+    y_ptr,
+    dx_ptr,
+    first,
+    M,
+    P,
+    offs_n,
+    mask_n,
+    stats_ptr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Stores relu_grad of ``acc`` [BLOCK_N, ROWS], the rows from ``first`` on. Returns its sums, with y - mean too."""
     offs_m = first + tl.arange(0, ROWS)
     mask_m = offs_m < M
@@ -60,7 +74,11 @@ def masked_rows(acc, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, ROWS
     dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
     tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     stored = tl.where(mask_m[:, None], dx, 0.0)
-    return tl.sum(stored, axis=0), tl.sum(stored * (x - mean[None, :]), axis=0)
+    VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+    # The rows that one thread holds are added first.
+    FOLDS: tl.constexpr = max(1, min(ROWS, ROWS * mean.shape[0] // (32 * WARPS * VECTOR)))
+    products = stored * (x - mean[None, :])
+    return sum_rows(fold(stored, FOLDS), VECTOR), sum_rows(fold(products, FOLDS), VECTOR)
 
 
 @triton.jit
@@ -102,6 +120,7 @@ def gram_dgrad_kernel(
     EVEN_N: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -225,9 +244,9 @@ def gram_dgrad_kernel(
     HALF: tl.constexpr = BLOCK_M // 2
     upper, lower = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
     if HAS_RELU:
-        sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, ACC)
+        sums, products = masked_rows(upper, y_ptr, dx_ptr, first, M, P, offs_n, mask_n, stats_ptr, HALF, WARPS, ACC)
         more, more_products = masked_rows(
-            lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, ACC
+            lower, y_ptr, dx_ptr, first + HALF, M, P, offs_n, mask_n, stats_ptr, HALF, WARPS, ACC
         )
         tile_ptrs = tiles_ptr + pid_m * P + offs_n
         tl.store(tile_ptrs, sums + more, mask=mask_n)

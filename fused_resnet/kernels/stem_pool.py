@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .common import affine, begin, relu, relu_grad, widened
+from .tiling import sum_rows
 
 
 @triton.jit
@@ -164,8 +165,9 @@ def stem_pool_grad_reduce_kernel(
 
     T = tl.num_programs(0).to(tl.int64)
     tile_ptrs = tiles_ptr + pid_m.to(tl.int64) * C + offs_c
-    tl.store(tile_ptrs, tl.sum(sum_dz, axis=0), mask=offs_c < C)
-    tl.store(tile_ptrs + T * C, tl.sum(sum_dz_y, axis=0), mask=offs_c < C)
+    VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+    tl.store(tile_ptrs, sum_rows(sum_dz, VECTOR), mask=offs_c < C)
+    tl.store(tile_ptrs + T * C, sum_rows(sum_dz_y, VECTOR), mask=offs_c < C)
 
 
 @triton.jit

@@ -48,3 +48,23 @@ def fold(values, VECTORS: tl.constexpr):
     ROWS: tl.constexpr = values.shape[0]
     BLOCK_C: tl.constexpr = values.shape[1]
     return tl.sum(tl.reshape(values, (VECTORS, ROWS // VECTORS, BLOCK_C)), axis=0)
+
+
+@triton.jit
+def sum_rows(values, VECTOR: tl.constexpr):
+    """The sum over the rows of ``values`` [R, C], of which a thread holds ``VECTOR`` neighbours at a time.
+
+    The rows of a warp first, by exchanges of registers; then halves of the rest, a row for each warp, until one is
+    left. tl.sum has every warp write its row to shared memory channel by channel, eight or more threads to one bank
+    (Triton 3.6), and takes four barriers for one. It takes fewer registers, where others are still needed.
+    """
+    R: tl.constexpr = values.shape[0]
+    C: tl.constexpr = values.shape[1]
+    ALIKE: tl.constexpr = 32 * VECTOR // C if C < 32 * VECTOR else 1
+    TOGETHER: tl.constexpr = ALIKE if ALIKE < R else R
+    rows = tl.sum(tl.reshape(values, (R // TOGETHER, TOGETHER, C)), axis=1)
+    for _ in tl.static_range(6):
+        if rows.shape[0] > 1:
+            upper, lower = tl.split(tl.permute(tl.reshape(rows, (2, rows.shape[0] // 2, C)), (1, 2, 0)))
+            rows = upper + lower
+    return tl.sum(rows, axis=0)

@@ -158,6 +158,7 @@ def gram_dgrad(
         EVEN_N=p % config.block_n == 0,
         ACC=triton_dtype(acc),
         PRECISION=dot_precision(dz.dtype),
+        WARPS=config.num_warps,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
