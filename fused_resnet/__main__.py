@@ -31,7 +31,9 @@ VARIABLES = (
 
 def environment() -> str:
     """Versions, GPUs, the routes that run on each device, and where compiled kernels are kept: one line each."""
-    return "\n".join(f"{name + ':':16}{value}" for name, value in _facts())
+    facts = list(_facts())
+    width = max(len(name) for name, _ in facts) + 2
+    return "\n".join(f"{name + ':':{width}}{value}" for name, value in facts)
 
 
 def _facts() -> Iterator[tuple[str, str]]:
