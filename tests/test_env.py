@@ -46,7 +46,9 @@ def run(*arguments, **changes):
 def test_as_a_command():
     done = run("env")
     assert done.returncode == 0, done.stderr
-    assert f"fused_resnet:   {fused_resnet.__version__}" in done.stdout
+    names, values = zip(*(line.split(":", 1) for line in done.stdout.splitlines()), strict=True)
+    assert dict(zip(names, values, strict=True))["fused_resnet"].strip() == fused_resnet.__version__
+    assert all(value.startswith(" ") for value in values)
     if not torch.cuda.is_available():
         assert "reference (the kernels need a GPU" in done.stdout
 
