@@ -151,8 +151,10 @@ def conv_dgrad_kernel(
     STEP_P: tl.constexpr = DILATION_H * STEP_R // STRIDE_H
     STEP_Q: tl.constexpr = DILATION_W * STEP_S // STRIDE_W
 
-    tile = from_the_end(tl.program_id(0) // num_n, num_m)
-    pid_n = tl.program_id(0) % num_n
+    # Of all programs, not of num_m tiles, which would stay in a register through the main loop: one program fewer.
+    pid = from_the_end(tl.program_id(0), tl.num_programs(0))
+    tile = pid // num_n
+    pid_n = pid % num_n
 
     # Tiles of the same pixels of dy, one of each class, are neighbours: they find it in L2.
     kh = tile % (STRIDE_H * STRIDE_W) // STRIDE_W
