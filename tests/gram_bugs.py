@@ -122,8 +122,8 @@ BUGS = [
     Bug(
         "a lost last step of rows, Gram matrix",
         GRAM,
-        "range(tl.cdiv(rows, BLOCK_K))",
-        "range(tl.maximum(rows // BLOCK_K, 1))",
+        "steps = tl.cdiv(rows, BLOCK_K)",
+        "steps = tl.maximum(rows // BLOCK_K, 1)",
         ("odd sizes, float16",),
     ),
     Bug(
