@@ -99,11 +99,11 @@ def bn_act_grad_reduce_kernel(
 
     mask_c = offs_c < channels
     tiles_ptr += tile.to(tl.int64) * channels
-    VECTOR: tl.constexpr = 128 // dout_ptr.dtype.element_ty.primitive_bitwidth
-    tl.store(tiles_ptr + offs_c, sum_rows(sum_dz, VECTOR), mask=mask_c)
-    tl.store(tiles_ptr + plane + offs_c, sum_rows(sum_dz_y, VECTOR), mask=mask_c)
+    LOADED: tl.constexpr = dout_ptr.dtype.element_ty
+    tl.store(tiles_ptr + offs_c, sum_rows(sum_dz, LOADED), mask=mask_c)
+    tl.store(tiles_ptr + plane + offs_c, sum_rows(sum_dz_y, LOADED), mask=mask_c)
     if HAS_RESIDUAL:
-        tl.store(tiles_ptr + 2 * plane + offs_c, sum_rows(sum_dz_residual, VECTOR), mask=mask_c)
+        tl.store(tiles_ptr + 2 * plane + offs_c, sum_rows(sum_dz_residual, LOADED), mask=mask_c)
 
 
 @triton.jit

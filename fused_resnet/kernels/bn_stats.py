@@ -54,7 +54,7 @@ def bn_stats_kernel(
     begin(DEPENDENT)
     tile, first, count, offs_c = pass_tile(rows, channels, rows_per_tile, BLOCK_C)
     y_ptr += first * channels
-    VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+    LOADED: tl.constexpr = y_ptr.dtype.element_ty
 
     offsets, mask = step_offsets(0, count, offs_c, channels, VECTORS * BLOCK_M)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
@@ -67,7 +67,7 @@ def bn_stats_kernel(
         shifted += more_shifted
         squared += more_squared
 
-    mean, m2 = centred(pivot, sum_rows(shifted, VECTOR), sum_rows(squared, VECTOR), count)
+    mean, m2 = centred(pivot, sum_rows(shifted, LOADED), sum_rows(squared, LOADED), count)
     tiles_ptr += tile.to(tl.int64) * channels
     tl.store(tiles_ptr + offs_c, mean, mask=offs_c < channels)
     tl.store(tiles_ptr + plane + offs_c, m2, mask=offs_c < channels)

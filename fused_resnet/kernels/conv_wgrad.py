@@ -217,5 +217,5 @@ def conv_wgrad_reduce_kernel(
         mask_s = offs_s < split - start
         acc += tl.load(ptrs, mask=mask_s[:, None] & mask_n[None, :], other=0.0)
         ptrs += BLOCK_S * elements.to(tl.int64)
-    VECTOR: tl.constexpr = 128 // partial_ptr.dtype.element_ty.primitive_bitwidth
-    tl.store(dw_ptr + offs_n, sum_rows(acc, VECTOR).to(dw_ptr.dtype.element_ty), mask=mask_n)
+    LOADED: tl.constexpr = partial_ptr.dtype.element_ty
+    tl.store(dw_ptr + offs_n, sum_rows(acc, LOADED).to(dw_ptr.dtype.element_ty), mask=mask_n)

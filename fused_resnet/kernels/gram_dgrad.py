@@ -74,11 +74,11 @@ def masked_rows(
     dx = relu_grad(da, affine(x, scale[None, :], shift[None, :]))
     tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     stored = tl.where(mask_m[:, None], dx, 0.0)
-    VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+    LOADED: tl.constexpr = y_ptr.dtype.element_ty
     # The rows that one thread holds are added first.
-    FOLDS: tl.constexpr = max(1, min(ROWS, ROWS * mean.shape[0] // (32 * WARPS * VECTOR)))
+    FOLDS: tl.constexpr = max(1, min(ROWS, ROWS * mean.shape[0] * LOADED.primitive_bitwidth // (32 * WARPS * 128)))
     products = stored * (x - mean[None, :])
-    return sum_rows(fold(stored, FOLDS), VECTOR), sum_rows(fold(products, FOLDS), VECTOR)
+    return sum_rows(fold(stored, FOLDS), LOADED), sum_rows(fold(products, FOLDS), LOADED)
 
 
 @triton.jit

@@ -165,9 +165,9 @@ def stem_pool_grad_reduce_kernel(
 
     T = tl.num_programs(0).to(tl.int64)
     tile_ptrs = tiles_ptr + pid_m.to(tl.int64) * C + offs_c
-    VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
-    tl.store(tile_ptrs, sum_rows(sum_dz, VECTOR), mask=offs_c < C)
-    tl.store(tile_ptrs + T * C, sum_rows(sum_dz_y, VECTOR), mask=offs_c < C)
+    LOADED: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(tile_ptrs, sum_rows(sum_dz, LOADED), mask=offs_c < C)
+    tl.store(tile_ptrs + T * C, sum_rows(sum_dz_y, LOADED), mask=offs_c < C)
 
 
 @triton.jit

@@ -51,8 +51,8 @@ def fold(values, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(values, VECTOR: tl.constexpr):
-    """The sum over the rows of ``values`` [R, C], of which a thread holds ``VECTOR`` neighbours at a time.
+def sum_rows(values, LOADED: tl.constexpr):
+    """The sum over the rows of ``values`` [R, C], which came in 16-byte vectors of the dtype ``LOADED``.
 
     The rows of a warp first, by exchanges of registers; then halves of the rest, a row for each warp, until one is
     left. tl.sum has every warp write its row to shared memory channel by channel, eight or more threads to one bank
@@ -60,6 +60,7 @@ def sum_rows(values, VECTOR: tl.constexpr):
     """
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
+    VECTOR: tl.constexpr = 128 // LOADED.primitive_bitwidth
     ALIKE: tl.constexpr = 32 * VECTOR // C if C < 32 * VECTOR else 1
     TOGETHER: tl.constexpr = ALIKE if ALIKE < R else R
     rows = tl.sum(tl.reshape(values, (R // TOGETHER, TOGETHER, C)), axis=1)
