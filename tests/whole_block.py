@@ -201,11 +201,18 @@ def projected_block(
     dtype: torch.dtype, seed: int = 0, size: tuple[int, int, int] = (5, 9, 7), ci: int = 40, p: int = 24, q: int = 72
 ) -> Block:
     """With a 3x3 of stride 2 and a strided projection."""
+    return bottleneck(dtype, ci, p, q, 2, size, seed)
+
+
+def bottleneck(
+    dtype: torch.dtype, ci: int, p: int, q: int, stride: int, size: tuple[int, int, int], seed: int = 0
+) -> Block:
+    """1x1, 3x3, 1x1 from ``ci`` to ``q`` channels by ``p``, and a projection where the shortcut needs one."""
     n, h, w = size
-    layers = [layer(ci, p, 1, dtype, seed), layer(p, p, 3, dtype, seed + 1, stride=2), layer(p, q, 1, dtype, seed + 2)]
+    convs = [(ci, p, 1, 1), (p, p, 3, stride), (p, q, 1, 1)]
     return Block(
         image(n, ci, h, w, dtype=dtype, seed=seed, mean=0.5),
-        layers,
-        layer(ci, q, 1, dtype, seed + 3, stride=2),
-        image(n, q, -(-h // 2), -(-w // 2), dtype=dtype, seed=seed + 77, mean=0.1),
+        [layer(*shape, dtype, seed + i, stride=by) for i, (*shape, by) in enumerate(convs)],
+        layer(ci, q, 1, dtype, seed + 3, stride=stride) if stride > 1 or ci != q else None,
+        image(n, q, -(-h // stride), -(-w // stride), dtype=dtype, seed=seed + 77, mean=0.1),
     )

@@ -23,8 +23,8 @@ Mask = Array | None
 """Which threads execute an instruction; None: all."""
 Step = Callable[[Mask], None]
 Parts = tuple[str, ...]
-Watch = Callable[["Machine", int], Step | None]
-"""Asked of each instruction of a new machine: what is to be done before it is executed, if anything."""
+Watch = Callable[["Machine", int], list[Step]]
+"""Asked of each instruction of a new machine: what is to be done before it is executed."""
 WATCHES: list[Watch] = []
 ORDER = {"bar", "barrier", "fence", "membar", "griddepcontrol"}
 """What orders threads, which go in step here."""
@@ -69,7 +69,7 @@ class Machine:
             self.registers[f"%ntid.{axis}"] = zero + np.uint32(kernel.threads if place == 0 else 1)
         self.steps = [self._built(instruction) for instruction in kernel.code]
         for watch in WATCHES:
-            self.steps = [_both(watch(self, at), step) for at, step in enumerate(self.steps)]
+            self.steps = [_in_order([*watch(self, at), step]) for at, step in enumerate(self.steps)]
 
     # ---------------------------------------------------------------- control
 
@@ -204,12 +204,12 @@ class Machine:
         return threads.plain(self, opcode, operands, function)
 
 
-def _both(first: Step | None, then: Step) -> Step:
-    if first is None:
-        return then
+def _in_order(steps: list[Step]) -> Step:
+    if len(steps) == 1:
+        return steps[0]
 
     def step(mask: Mask) -> None:
-        first(mask)
-        then(mask)
+        for each in steps:
+            each(mask)
 
     return step

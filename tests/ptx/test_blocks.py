@@ -18,8 +18,8 @@ from fused_resnet.plan import tables
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import assume
 from tests.conftest import EMULATED
-from tests.staged_case import image, layer
-from tests.whole_block import PLANNED_FOR, Block
+from tests.staged_case import image
+from tests.whole_block import PLANNED_FOR, Block, bottleneck
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="FUSED_RESNET_EMULATE names no compute capability")
 
@@ -61,11 +61,7 @@ def _kind(p: ConvProblem) -> tuple[Any, ...]:
 
 def block(name: str, dtype: torch.dtype) -> Block:
     ci, p, stride, n, pixels = BLOCKS[name]
-    convs = [layer(ci, p, 1, dtype, 0), layer(p, p, 3, dtype, 1, stride=stride), layer(p, 4 * p, 1, dtype, 2)]
-    projection = layer(ci, 4 * p, 1, dtype, 3, stride=stride) if stride > 1 or ci != 4 * p else None
-    after = -(-pixels // stride)
-    x = image(n, ci, pixels, pixels, dtype=dtype, seed=0, mean=0.5)
-    return Block(x, convs, projection, image(n, 4 * p, after, after, dtype=dtype, seed=77, mean=0.1))
+    return bottleneck(dtype, ci, p, 4 * p, stride, (n, pixels, pixels))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from fused_resnet.plan.plans import ChainProblem, Plan
 from fused_resnet.plan.problem import ConvProblem
 from fused_resnet.plan.target import Target
 from tests.conftest import EMULATED
-from tests.staged_case import image, layer
-from tests.whole_block import Block
+from tests.whole_block import bottleneck
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="FUSED_RESNET_EMULATE names no compute capability")
 
@@ -73,9 +72,7 @@ def test_what_the_cost_model_chooses(
 ) -> None:
     ci, width, co, stride = shape
     times[0] = factor
-    layers = [layer(ci, width, 1, dtype, 0), layer(width, width, 3, dtype, 1, stride), layer(width, co, 1, dtype, 2)]
-    projection = layer(ci, co, 1, dtype, 3, stride) if stride > 1 or ci != co else None
-    x = image(N, ci, stride * P - 1 + stride % 2, stride * Q, dtype=dtype, seed=0, mean=0.5)  # strided: 13 by 14
+    size = N, stride * P - 1 + stride % 2, stride * Q  # strided: 13 by 14
     with record_launches() as launches:
-        Block(x, layers, projection, image(N, co, P, Q, dtype=dtype, seed=77, mean=0.1)).check(route, strict=False)
+        bottleneck(dtype, ci, width, co, stride, size).check(route, strict=False)
     assert sum(not launch.kernel.startswith("vendor") for launch in launches) > 10

@@ -64,7 +64,7 @@ class Traffic:
                 found.add(count)
         return found
 
-    def watch(self, machine: Machine, at: int) -> Step | None:
+    def watch(self, machine: Machine, at: int) -> list[Step]:
         """Counts an instruction's accesses, if it makes any, before it is executed."""
         instruction = machine.kernel.code[at]
         opcode, operands = instruction.opcode, instruction.operands
@@ -93,15 +93,7 @@ class Traffic:
 
             accesses("shared", operands[0], nbytes, machine.picked)
             accesses("global", operands[1], nbytes, read_by)
-        return _all_of(steps) if steps else None
-
-
-def _all_of(steps: list[Step]) -> Step:
-    def step(mask: Mask) -> None:
-        for each in steps:
-            each(mask)
-
-    return step
+        return steps
 
 
 @contextmanager
